@@ -1,0 +1,4 @@
+@NullMarked
+package dev.tandem.device;
+
+import org.jspecify.annotations.NullMarked;

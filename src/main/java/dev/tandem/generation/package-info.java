@@ -1,0 +1,4 @@
+@NullMarked
+package dev.tandem.generation;
+
+import org.jspecify.annotations.NullMarked;

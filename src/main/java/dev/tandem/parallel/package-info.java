@@ -1,0 +1,4 @@
+@NullMarked
+package dev.tandem.parallel;
+
+import org.jspecify.annotations.NullMarked;

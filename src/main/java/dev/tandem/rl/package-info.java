@@ -1,0 +1,4 @@
+@NullMarked
+package dev.tandem.rl;
+
+import org.jspecify.annotations.NullMarked;

@@ -1,0 +1,13 @@
+/** Trains and generates with one copy of a language model's weights in one process. */
+module dev.tandem {
+    requires transitive org.jspecify;
+    requires org.bytedeco.javacpp;
+    requires org.bytedeco.openblas;
+    requires org.bytedeco.pytorch;
+    requires com.google.gson;
+    requires ai.djl.tokenizers;
+    requires commons.math3;
+    requires jdk.jfr;
+
+    exports dev.tandem.device;
+}
