@@ -1,0 +1,27 @@
+package dev.tandem.device;
+
+import org.bytedeco.pytorch.global.torch;
+
+/** The number of cores that one libtorch operation on the CPU uses. */
+public final class Threads {
+    private Threads() {}
+
+    /** {@return how many threads an operation started from this thread uses} */
+    public static int perOperation() {
+        Natives.load();
+        return torch.get_num_threads();
+    }
+
+    /**
+     * Sets how many threads an operation started from the calling thread uses.
+     *
+     * @param threads at least 1
+     */
+    public static void perOperation(int threads) {
+        if (threads < 1) {
+            throw new IllegalArgumentException("threads must be at least 1: " + threads);
+        }
+        Natives.load();
+        torch.set_num_threads(threads);
+    }
+}
