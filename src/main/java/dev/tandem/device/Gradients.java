@@ -1,22 +1,27 @@
 package dev.tandem.device;
 
-import org.bytedeco.pytorch.NoGradGuard;
+import org.bytedeco.pytorch.AutoGradMode;
 
 /**
- * Switches automatic differentiation off on this thread for a block of code. The switch is a native thread-local: use it on
+ * Switches automatic differentiation off or on, on this thread and for a block of code. The switch is a native thread-local: use it on
  * platform threads only, and never across a blocking call.
  */
 public final class Gradients implements AutoCloseable {
-    private final NoGradGuard guard;
+    private final AutoGradMode guard;
 
-    private Gradients() {
+    private Gradients(boolean enabled) {
         Natives.load();
-        guard = new NoGradGuard();
+        guard = new AutoGradMode(enabled);
     }
 
     /** {@return a block in which operations are not recorded for differentiation} */
     public static Gradients disabled() {
-        return new Gradients();
+        return new Gradients(false);
+    }
+
+    /** {@return a block in which operations are recorded, within one in which they are not} */
+    public static Gradients enabled() {
+        return new Gradients(true);
     }
 
     @Override

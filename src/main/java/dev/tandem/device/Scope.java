@@ -31,7 +31,7 @@ public final class Scope implements AutoCloseable {
      * @return the same tensor
      */
     public Tensor escape(Tensor tensor) {
-        Pointer pointer = tensor.pointer();
+        Pointer pointer = tensor.nativeTensor();
         if (outer == null) {
             pointer.retainReference();
         } else {

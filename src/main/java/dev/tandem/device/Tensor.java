@@ -41,8 +41,8 @@ public final class Tensor implements AutoCloseable {
         this.t = t;
     }
 
-    /** The native object, for the classes of this package and the few that must call libtorch themselves. */
-    org.bytedeco.pytorch.Tensor pointer() {
+    /** {@return the libtorch tensor behind this handle, for code that must call libtorch itself; it stays this handle's} */
+    public org.bytedeco.pytorch.Tensor nativeTensor() {
         return t;
     }
 
@@ -428,6 +428,35 @@ public final class Tensor implements AutoCloseable {
             t.mul_(s);
         }
         return this;
+    }
+
+    /** Moves this tensor towards the target by a share of the way. */
+    public Tensor lerpInPlace(Tensor target, double share) {
+        try (Scalar s = new Scalar(share)) {
+            t.lerp_(target.t, s);
+        }
+        return this;
+    }
+
+    /** Adds {@code scale × a ÷ b} to this tensor. */
+    public Tensor addQuotientInPlace(Tensor a, Tensor b, double scale) {
+        try (Scalar s = new Scalar(scale)) {
+            t.addcdiv_(a.t, b.t, s);
+        }
+        return this;
+    }
+
+    /** Adds a number to this tensor. */
+    public Tensor addInPlace(double value) {
+        try (Scalar s = new Scalar(value)) {
+            t.add_(s);
+        }
+        return this;
+    }
+
+    /** {@return the square root} */
+    public Tensor sqrt() {
+        return new Tensor(t.sqrt());
     }
 
     /** Replaces each element by e to its power. */

@@ -1,0 +1,55 @@
+package dev.tandem.device;
+
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.List;
+
+/** The resident memory of this process as the operating system counts it; on Linux, zero elsewhere. */
+public final class ProcessMemory {
+    private static final Path STATUS = Path.of("/proc/self/status");
+    private static final Path CLEAR = Path.of("/proc/self/clear_refs");
+    private static final Path MACHINE = Path.of("/proc/meminfo");
+
+    private ProcessMemory() {}
+
+    /** {@return resident bytes now} */
+    public static long resident() {
+        return kibibytes(STATUS, "VmRSS:") << 10;
+    }
+
+    /** {@return the most resident bytes since the start or the last {@link #resetPeak}} */
+    public static long peak() {
+        return kibibytes(STATUS, "VmHWM:") << 10;
+    }
+
+    /** {@return bytes that the machine could still give out, or {@link Long#MAX_VALUE} when that is not known} */
+    public static long available() {
+        long known = kibibytes(MACHINE, "MemAvailable:") << 10;
+        return known == 0 ? Long.MAX_VALUE : known;
+    }
+
+    /** Begins to measure the peak anew, where the system allows it. */
+    public static void resetPeak() {
+        try {
+            Files.writeString(CLEAR, "5");
+        } catch (IOException | SecurityException e) {
+            System.getLogger(ProcessMemory.class.getName())
+                    .log(System.Logger.Level.DEBUG, "the peak of resident memory cannot be reset: {0}", e.getMessage());
+        }
+    }
+
+    private static long kibibytes(Path file, String key) {
+        try {
+            List<String> lines = Files.readAllLines(file);
+            for (String line : lines) {
+                if (line.startsWith(key)) {
+                    return Long.parseLong(line.substring(key.length()).replace("kB", "").strip());
+                }
+            }
+            return 0;
+        } catch (IOException e) {
+            return 0;
+        }
+    }
+}
