@@ -10,4 +10,5 @@ module dev.tandem {
     requires jdk.jfr;
 
     exports dev.tandem.device;
+    exports dev.tandem.model;
 }
