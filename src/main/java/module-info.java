@@ -10,5 +10,7 @@ module dev.tandem {
     requires jdk.jfr;
 
     exports dev.tandem.device;
+    exports dev.tandem.model;
+    exports dev.tandem.parallel;
     exports dev.tandem.training;
 }

@@ -259,7 +259,7 @@ public final class Tensor implements AutoCloseable {
     public List<Tensor> split(int dimension, long... sizes) {
         try (TensorVector pieces = t.split_with_sizes(sizes, dimension)) {
             return java.util.stream.LongStream.range(0, pieces.size())
-                    .mapToObj(i -> new Tensor(pieces.get(i)))
+                    .mapToObj(i -> new Tensor(new org.bytedeco.pytorch.Tensor(pieces.get(i))))
                     .toList();
         }
     }
@@ -304,6 +304,11 @@ public final class Tensor implements AutoCloseable {
     /** {@return this + other} */
     public Tensor add(Tensor other) {
         return new Tensor(checked(() -> t.add(other.t)));
+    }
+
+    /** {@return this + value, of the same integer type} */
+    public Tensor add(long value) {
+        return new Tensor(t.add(new Scalar(value)));
     }
 
     /** {@return this + value} */
@@ -675,7 +680,7 @@ public final class Tensor implements AutoCloseable {
     /** {@return the gradient that was accumulated for this leaf, or null if there is none} */
     public @Nullable Tensor gradient() {
         org.bytedeco.pytorch.Tensor grad = t.grad();
-        return grad.defined() ? new Tensor(grad) : null;
+        return grad.defined() ? new Tensor(new org.bytedeco.pytorch.Tensor(grad)) : null;
     }
 
     /** Makes gradients of this leaf accumulate into the memory of {@code into}, which has its shape and type. */

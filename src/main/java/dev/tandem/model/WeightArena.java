@@ -6,6 +6,8 @@ import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
 import java.util.List;
+import java.util.Map;
+import java.util.Objects;
 
 /**
  * The one copy of a model's weights on a device: a contiguous allocation of which every parameter is a view. Generation and
@@ -90,14 +92,14 @@ public final class WeightArena implements AutoCloseable {
      */
     public void load(Safetensors checkpoint) {
         List<ParameterSpec> specs = layout.places().stream().map(WeightLayout.Place::spec).toList();
-        Safetensors.check(specs, checkpoint);
+        Map<String, TensorEntry> entries = CheckpointTensors.match(specs, checkpoint);
         for (WeightLayout.Place place : layout.places()) {
             try (Scope scope = Scope.open()) {
-                Safetensors.TensorEntry entry = checkpoint.tensor(place.spec().name());
+                TensorEntry entry = Objects.requireNonNull(entries.get(place.spec().name()));
                 Tensor target = view(place);
                 target.copyInPlace(Tensor.wrap(entry.data(), entry.dtype(), entry.shape()));
                 if (!Double.isFinite(target.to(DType.FLOAT32).sum().item())) {
-                    throw new ModelFormatException("tensor " + place.spec().name() + " of " + checkpoint
+                    throw new ModelFormatException(checkpoint.source() + ": tensor " + entry.name()
                             + " holds a NaN or an infinity: the checkpoint is damaged, or overflows " + dtype);
                 }
             }

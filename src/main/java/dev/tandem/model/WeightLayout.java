@@ -68,7 +68,7 @@ public final class WeightLayout {
     public WeightLayout(ModelConfig config, int shards) {
         this.config = config;
         this.shards = shards;
-        List<ParameterSpec> specs = config.architecture().parameters(config);
+        List<ParameterSpec> specs = config.parameters();
         long at = 0;
         int next = 0;
         for (int layer = -1; layer <= config.layers(); layer++) {

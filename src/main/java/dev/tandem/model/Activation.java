@@ -1,0 +1,37 @@
+package dev.tandem.model;
+
+import java.util.Arrays;
+import java.util.LinkedHashMap;
+import java.util.Map;
+
+/** The non-linearity of a decoder's feed-forward block. */
+public enum Activation {
+    /** {@code x * sigmoid(x)}. */
+    SILU("silu", "swish"),
+    /** {@code x * Phi(x)}, with the exact error function. */
+    GELU("gelu", "gelu_python"),
+    /** GELU through its tanh approximation. */
+    GELU_TANH("gelu_pytorch_tanh", "gelu_new"),
+    /** {@code max(x, 0)}. */
+    RELU("relu");
+
+    private final String[] names;
+
+    Activation(String... names) {
+        this.names = names;
+    }
+
+    /** {@return the name that config.json is given on saving} */
+    String hubName() {
+        return names[0];
+    }
+
+    /** {@return every name that config.json may use, with what it stands for} */
+    static Map<String, Activation> byHubName() {
+        Map<String, Activation> all = new LinkedHashMap<>();
+        for (Activation activation : values()) {
+            Arrays.stream(activation.names).forEach(name -> all.put(name, activation));
+        }
+        return all;
+    }
+}

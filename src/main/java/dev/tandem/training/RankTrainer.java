@@ -1,0 +1,137 @@
+package dev.tandem.training;
+
+import dev.tandem.device.DType;
+import dev.tandem.device.DeviceMemory;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.model.Decoder;
+import dev.tandem.model.WeightArena;
+import dev.tandem.parallel.Collectives;
+import java.util.List;
+import org.jspecify.annotations.Nullable;
+
+/** One rank's part of training: its model, its gradients, its slice of the optimizer. Confined to the rank's thread. */
+public final class RankTrainer implements AutoCloseable {
+    private final WeightArena arena;
+    private final Collectives collectives;
+    private final DeviceMemory memory;
+    private final TrainerOptions options;
+    private final LayerwiseModel model;
+    private final GradientShard gradients;
+    private @Nullable ShardedAdamW optimizer;
+
+    /**
+     * @param arena the weights that are read and written
+     * @param decoder of the model
+     * @param collectives of this rank
+     * @param memory the device's ledger
+     */
+    public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options) {
+        this.arena = arena;
+        this.collectives = collectives;
+        this.memory = memory;
+        this.options = options;
+        model = new LayerwiseModel(arena, decoder, memory, options);
+        gradients = new GradientShard(arena.layout(), collectives, memory);
+    }
+
+    /**
+     * The log-probability of every trained token under the arena or other weights of the same model.
+     *
+     * @return for each sequence an array as long as its tokens, zero where nothing is trained
+     */
+    float[][] logprobs(List<TrainingSequence> sequences, @Nullable WeightArena other, double temperature) {
+        try (Scope scope = Scope.open()) {
+            PackedBatch batch = PackedBatch.of(sequences, memory.device());
+            float[] flat = model.forward(batch, other == null ? arena : other, temperature).logprob().toFloats();
+            float[][] result = new float[sequences.size()][];
+            int n = 0;
+            for (int s = 0; s < result.length; s++) {
+                boolean[] trained = sequences.get(s).trained();
+                result[s] = new float[trained.length];
+                for (int i = 0; i < trained.length; i++) {
+                    result[s][i] = trained[i] ? flat[n++] : 0;
+                }
+            }
+            return result;
+        }
+    }
+
+    /**
+     * Accumulates gradients over micro-batches and, if they are finite, updates the weights.
+     *
+     * @param microBatches this rank's; every rank takes part in {@code rounds} rounds of reductions
+     * @return loss summed over the ranks, and the norm before clipping
+     */
+    Outcome step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
+        try {
+            gradients.clear();
+            double total = 0;
+            for (int i = 0; i < rounds; i++) {
+                try (Scope scope = Scope.open()) {
+                    PackedBatch batch =
+                            i < microBatches.size() ? PackedBatch.of(microBatches.get(i), memory.device()) : null;
+                    total += model.forwardBackward(batch, loss, temperature, gradients);
+                }
+            }
+            double norm = Math.sqrt(gradients.sumOfSquares());
+            double sum = sum(total);
+            boolean finite = Double.isFinite(norm) && Double.isFinite(sum);
+            if (finite) {
+                double scale = norm > options.clip() ? options.clip() / (norm + 1e-6) : 1;
+                optimizer().step(gradients, lr, scale);
+            }
+            return new Outcome(sum, norm, finite);
+        } finally {
+            model.releaseBuckets();
+        }
+    }
+
+    /** What all ranks agree on after a step. */
+    record Outcome(double loss, double norm, boolean applied) {}
+
+    private double sum(double value) {
+        try (Scope scope = Scope.open()) {
+            Tensor t = Tensor.of(memory.device(), value);
+            collectives.allReduce(t);
+            return t.item();
+        }
+    }
+
+    private ShardedAdamW optimizer() {
+        ShardedAdamW current = optimizer;
+        if (current == null) {
+            current = new ShardedAdamW(arena, collectives, memory, options);
+            optimizer = current;
+        }
+        return current;
+    }
+
+    /** Takes note that the arena's weights were replaced from outside. */
+    public void weightsReplaced() {
+        if (optimizer != null) {
+            optimizer.refreshMaster();
+        }
+    }
+
+    /** Gives back what only a training phase needs; moments and masters stay. */
+    public void rest() {
+        gradients.release();
+        model.releaseBuckets();
+    }
+
+    /** {@return the bytes of optimizer state and gradient shard that training holds on this rank} */
+    public long stateBytes() {
+        long length = arena.layout().length() / collectives.size();
+        return length * Float.BYTES * (arena.dtype() == DType.FLOAT32 ? 3 : 4);
+    }
+
+    @Override
+    public void close() {
+        model.close();
+        gradients.close();
+        if (optimizer != null) {
+            optimizer.close();
+        }
+    }
+}

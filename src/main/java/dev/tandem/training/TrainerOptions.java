@@ -1,0 +1,111 @@
+package dev.tandem.training;
+
+import dev.tandem.device.DType;
+import dev.tandem.model.ModelConfig;
+
+/**
+ * How to train.
+ *
+ * @param lr learning rate over the steps
+ * @param beta1 decay of AdamW's first moment
+ * @param beta2 decay of AdamW's second moment
+ * @param epsilon added to the root of the second moment
+ * @param weightDecay decoupled weight decay
+ * @param decayAll whether norms and biases decay too
+ * @param clip largest global norm of the gradient; infinite for no clipping
+ * @param microBatchTokens most tokens that one rank runs through the model at once
+ * @param activationBudget bytes of activations that may be kept from the forward to the backward pass; what does not fit is computed
+ *     again
+ * @param logitBytes most bytes of FLOAT32 logits at a time
+ */
+public record TrainerOptions(LearningRate lr, double beta1, double beta2, double epsilon, double weightDecay, boolean decayAll,
+        double clip, int microBatchTokens, long activationBudget, long logitBytes) {
+
+    /** Checks the numbers. */
+    public TrainerOptions {
+        check("beta1", beta1 >= 0 && beta1 < 1, beta1);
+        check("beta2", beta2 >= 0 && beta2 < 1, beta2);
+        check("epsilon", epsilon > 0, epsilon);
+        check("weightDecay", weightDecay >= 0, weightDecay);
+        check("clip", clip > 0, clip);
+        check("microBatchTokens", microBatchTokens > 0, microBatchTokens);
+        check("activationBudget", activationBudget >= 0, activationBudget);
+        check("logitBytes", logitBytes > 0, logitBytes);
+    }
+
+    private static void check(String name, boolean good, double value) {
+        if (!good) {
+            throw new IllegalArgumentException("TrainerOptions." + name + " is out of range: " + value);
+        }
+    }
+
+    /** {@return AdamW(0.9, 0.95, 1e-8), no weight decay, clipping at 1, constant rate 1e-5, 1,024 tokens at once} */
+    public static TrainerOptions defaults() {
+        return new TrainerOptions(
+                LearningRate.constant(1e-5), 0.9, 0.95, 1e-8, 0, false, 1, 1024, 768L << 20, 256L << 20);
+    }
+
+    /** {@return these options with another learning rate} */
+    public TrainerOptions lr(LearningRate value) {
+        return new TrainerOptions(value, beta1, beta2, epsilon, weightDecay, decayAll, clip, microBatchTokens,
+                activationBudget, logitBytes);
+    }
+
+    /** {@return these options with a constant learning rate} */
+    public TrainerOptions lr(double value) {
+        return lr(LearningRate.constant(value));
+    }
+
+    /** {@return these options with other decays of AdamW's moments} */
+    public TrainerOptions betas(double first, double second) {
+        return new TrainerOptions(lr, first, second, epsilon, weightDecay, decayAll, clip, microBatchTokens,
+                activationBudget, logitBytes);
+    }
+
+    /** {@return these options with weight decay, of matrices only or of everything} */
+    public TrainerOptions weightDecay(double value, boolean everything) {
+        return new TrainerOptions(lr, beta1, beta2, epsilon, value, everything, clip, microBatchTokens,
+                activationBudget, logitBytes);
+    }
+
+    /** {@return these options with another bound of the gradient norm} */
+    public TrainerOptions clip(double value) {
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, value, microBatchTokens,
+                activationBudget, logitBytes);
+    }
+
+    /** {@return these options with another micro-batch size} */
+    public TrainerOptions microBatchTokens(int value) {
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, clip, value, activationBudget, logitBytes);
+    }
+
+    /** {@return these options with other bounds of what is kept in memory} */
+    public TrainerOptions memory(long activations, long logits) {
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, clip, microBatchTokens, activations, logits);
+    }
+
+    boolean decays(boolean matrix) {
+        return weightDecay > 0 && (matrix || decayAll);
+    }
+
+    /** {@return how many layers' graphs fit into the activation budget} */
+    int recordedLayers(ModelConfig config, long tokens, DType dtype) {
+        return (int) Math.min(config.layers(), activationBudget / layerBytes(config, tokens, dtype));
+    }
+
+    /** {@return the bytes that a micro-batch keeps: inputs of all layers, graphs of some or at least one, one chunk of logits} */
+    long activationBytes(ModelConfig config, long tokens, DType dtype, int recordedLayers) {
+        long inputs = (config.layers() + 1L) * tokens * config.hiddenSize() * dtype.bytes();
+        long logits = Math.min(logitBytes, tokens * config.vocabSize() * Float.BYTES);
+        return inputs + Math.max(1, recordedLayers) * layerBytes(config, tokens, dtype) + 2 * logits;
+    }
+
+    /** What automatic differentiation keeps of one layer: norms, q, k, v and their rotation, repeated k and v, the MLP. */
+    private static long layerBytes(ModelConfig config, long tokens, DType dtype) {
+        long width = (long) config.heads() * config.headDim();
+        long kvWidth = (long) config.kvHeads() * config.headDim();
+        long perToken = 8L * config.hiddenSize() + 5 * width + 3 * kvWidth
+                + (config.gatedMlp() ? 4L : 2L) * config.intermediateSize();
+        return tokens * perToken * dtype.bytes();
+    }
+}

@@ -1,0 +1,114 @@
+package dev.tandem.training;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import com.google.gson.JsonArray;
+import com.google.gson.JsonElement;
+import com.google.gson.JsonObject;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.parallel.Ranks;
+import dev.tandem.testing.Fixture;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.stream.Stream;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.Arguments;
+import org.junit.jupiter.params.provider.MethodSource;
+
+/** Losses, gradient norms and log-probs against transformers in float64. */
+class FixtureTrainingTest {
+    static Stream<Arguments> variants() {
+        return Fixture.all().flatMap(fixture -> Stream.of(
+                Arguments.of(fixture, 1, 0L, 1 << 20, 4096),
+                Arguments.of(fixture, 1, 1L << 30, 1 << 14, 64),
+                Arguments.of(fixture, 2, 1L << 18, 1 << 16, 40)));
+    }
+
+    @ParameterizedTest(name = "{0}, {1} ranks, activations {2}, logits {3}, micro-batch {4}")
+    @MethodSource("variants")
+    void tenStepsOfAdamW(Fixture fixture, int ranks, long activations, long logits, int microBatchTokens) {
+        JsonObject run = fixture.golden().getAsJsonObject("train_float64");
+        List<int[]> sequences = sequences(run.getAsJsonArray("sequences"));
+        int targets = sequences.stream().mapToInt(s -> s.length - 1).sum();
+        List<TrainingSequence> batch =
+                sequences.stream().map(s -> TrainingSequence.of(s, 1, 1f / targets)).toList();
+        JsonObject o = run.getAsJsonObject("optimizer");
+        TrainerOptions options = TrainerOptions.defaults()
+                .lr(o.get("lr").getAsDouble())
+                .betas(o.get("beta1").getAsDouble(), o.get("beta2").getAsDouble())
+                .weightDecay(o.get("weight_decay").getAsDouble(), o.get("decay_all_parameters").getAsBoolean())
+                .clip(o.get("clip").getAsDouble())
+                .microBatchTokens(microBatchTokens)
+                .memory(activations, logits);
+        double[] losses = Fixture.doubles(run.getAsJsonArray("loss"));
+        double[] norms = Fixture.doubles(run.getAsJsonArray("grad_norm"));
+        double worst = 0;
+        try (Ranks group = ranks(ranks); RankModel model = new RankModel(fixture.folder(), group, DType.FLOAT32, options)) {
+            for (int i = 0; i < losses.length; i++) {
+                TrainStep step = model.trainer.step(batch, t -> t.logprob().mul(t.weight()).sum().neg(), 1);
+                worst = Math.max(worst, Math.abs(step.loss() / losses[i] - 1));
+                worst = Math.max(worst, Math.abs(step.gradientNorm() / norms[i] - 1));
+            }
+        }
+        System.out.printf("%s, %d ranks: largest relative difference of loss or gradient norm %.2e%n", fixture, ranks, worst);
+        assertTrue(worst < 1e-4, "largest relative difference " + worst);
+    }
+
+    static Stream<Fixture> fixtures() {
+        return Fixture.all();
+    }
+
+    @ParameterizedTest
+    @MethodSource("fixtures")
+    void logprobsOfPrompts(Fixture fixture) {
+        check(fixture, DType.FLOAT32, 1e-4, 1e-4);
+        check(fixture, DType.BFLOAT16, 0.05, 0.01);
+    }
+
+    private static void check(Fixture fixture, DType dtype, double most, double mean) {
+        List<TrainingSequence> batch = new ArrayList<>();
+        List<double[]> expected = new ArrayList<>();
+        for (JsonElement e : fixture.golden().getAsJsonArray("prompts")) {
+            int[] ids = Fixture.ints(e.getAsJsonObject().getAsJsonArray("ids"));
+            if (ids.length > 1) {
+                batch.add(TrainingSequence.of(ids, 1, 0));
+                expected.add(Fixture.doubles(e.getAsJsonObject().getAsJsonArray("token_logprobs")));
+            }
+        }
+        double worst = 0;
+        double sum = 0;
+        int count = 0;
+        try (Ranks group = ranks(1);
+                RankModel model = new RankModel(fixture.folder(), group, dtype, TrainerOptions.defaults())) {
+            float[][] found = model.trainer.logprobs(batch, null, 1);
+            for (int s = 0; s < found.length; s++) {
+                assertEquals(expected.get(s).length, found[s].length - 1);
+                for (int i = 1; i < found[s].length; i++) {
+                    double difference = Math.abs(found[s][i] - expected.get(s)[i - 1]);
+                    worst = Math.max(worst, difference);
+                    sum += difference;
+                    count++;
+                }
+            }
+        }
+        System.out.printf("%s %s: log-prob differences up to %.2e, mean %.2e%n", fixture, dtype, worst, sum / count);
+        assertTrue(worst < most && sum / count < mean, "largest " + worst + ", mean " + sum / count);
+    }
+
+    static Ranks ranks(int count) {
+        List<Device> devices = new ArrayList<>();
+        for (int i = 0; i < count; i++) {
+            devices.add(Device.cpu(i));
+        }
+        return new Ranks(devices, Duration.ofSeconds(20));
+    }
+
+    static List<int[]> sequences(JsonArray array) {
+        List<int[]> sequences = new ArrayList<>();
+        array.forEach(s -> sequences.add(Fixture.ints(s.getAsJsonArray())));
+        return sequences;
+    }
+}
