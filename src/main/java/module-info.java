@@ -10,5 +10,6 @@ module dev.tandem {
     requires jdk.jfr;
 
     exports dev.tandem.device;
+    exports dev.tandem.rl;
     exports dev.tandem.training;
 }
