@@ -6,17 +6,17 @@ import org.apache.commons.math3.stat.descriptive.moment.StandardDeviation;
 import org.apache.commons.math3.util.MathArrays;
 
 /**
- * How much better each sample of a prompt is than its siblings, from rewards alone: one advantage per sample, which every token
- * of the sample shares. The samples of one prompt are a group; groups may differ in size.
+ * How much better each sample of a prompt is than its siblings, from rewards alone: one advantage per sample, which
+ * every token of the sample shares. The samples of one prompt are a group; groups may differ in size.
  *
  * <p>A group whose rewards are all equal says nothing about which sample is better: its advantages are zero under every
- * estimator (for {@link #REINFORCE_PLUS_PLUS_BASELINE} before the batch's mean, itself zero up to rounding, is taken off). A
- * group of one is such a group.
+ * estimator (for {@link #REINFORCE_PLUS_PLUS_BASELINE} before the batch's mean, itself zero up to rounding, is taken
+ * off). A group of one is such a group.
  */
 public enum AdvantageEstimator {
     /**
-     * (reward - group mean) / (group standard deviation + 1e-6), the deviation with n - 1. Shao et al. 2024, DeepSeekMath,
-     * arXiv:2402.03300.
+     * (reward - group mean) / (group standard deviation + 1e-6), the deviation with n - 1. Shao et al. 2024,
+     * DeepSeekMath, arXiv:2402.03300.
      */
     GRPO {
         @Override
@@ -26,8 +26,8 @@ public enum AdvantageEstimator {
         }
     },
     /**
-     * Reward - group mean: without the deviation, which favours prompts that are nearly always or nearly never solved. Liu et
-     * al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783.
+     * Reward - group mean: without the deviation, which favours prompts that are nearly always or nearly never solved.
+     * Liu et al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783.
      */
     DR_GRPO {
         @Override
@@ -36,7 +36,8 @@ public enum AdvantageEstimator {
         }
     },
     /**
-     * Reward - mean of the other samples of the group. Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740; Kool et al. 2019.
+     * Reward - mean of the other samples of the group. Ahmadian et al. 2024, Back to Basics, arXiv:2402.14740; Kool et
+     * al. 2019.
      */
     RLOO {
         @Override
@@ -47,8 +48,8 @@ public enum AdvantageEstimator {
         }
     },
     /**
-     * Reward - group mean, then normalised over all samples of the step by their mean and standard deviation (n - 1) + 1e-8. Hu
-     * et al. 2025, REINFORCE++, arXiv:2501.03262, the variant with a baseline.
+     * Reward - group mean, then normalised over all samples of the step by their mean and standard deviation (n - 1) +
+     * 1e-8. Hu et al. 2025, REINFORCE++, arXiv:2501.03262, the variant with a baseline.
      */
     REINFORCE_PLUS_PLUS_BASELINE {
         @Override
@@ -77,11 +78,13 @@ public enum AdvantageEstimator {
     void normalise(double[][] advantages) {}
 
     /**
-     * Computes the advantages of all samples of a step, which must come in one call: some estimators normalise over the step.
+     * Computes the advantages of all samples of a step, which must come in one call: some estimators normalise over the
+     * step.
      *
      * @param groupRewards per prompt the rewards of its samples
      * @return advantages in the same shape, a new array
-     * @throws IllegalArgumentException if a group is empty or a reward is not finite; the message names prompt and sample
+     * @throws IllegalArgumentException if a group is empty or a reward is not finite; the message names prompt and
+     *     sample
      */
     public double[][] advantages(double[][] groupRewards) {
         double[][] advantages = new double[groupRewards.length][];
@@ -95,7 +98,8 @@ public enum AdvantageEstimator {
 
     private static void requireFinite(double[] rewards, int prompt) {
         if (rewards.length == 0) {
-            throw new IllegalArgumentException("prompt " + prompt + " has no rewards; give one per sample, at least one");
+            throw new IllegalArgumentException(
+                    "prompt " + prompt + " has no rewards; give one per sample, at least one");
         }
         for (int sample = 0; sample < rewards.length; sample++) {
             if (!Double.isFinite(rewards[sample])) {
@@ -105,7 +109,7 @@ public enum AdvantageEstimator {
         }
     }
 
-    /** Rewards minus their mean; exactly zero if all are equal, where the mean's rounding would otherwise leave a residue. */
+    /** Rewards minus their mean; exactly zero if all are equal, where the mean's rounding would leave a residue. */
     private static double[] centred(double[] rewards) {
         double[] centred = new double[rewards.length];
         if (Arrays.stream(rewards).anyMatch(reward -> reward != rewards[0])) {

@@ -1,13 +1,13 @@
 package dev.tandem.rl;
 
 /**
- * A policy-gradient algorithm as a value: how rewards become advantages, the loss of a token, and how the terms of all tokens
- * become the step's loss. The named ones are presets; change a part with the methods that take it:
+ * A policy-gradient algorithm as a value: how rewards become advantages, the loss of a token, and how the terms of all
+ * tokens become the step's loss. The named ones are presets; change a part with the methods that take it:
  *
  * <pre>{@code Algorithm.grpo().clip(0.2, 0.28).kl(KlEstimator.K3, 0.04)}</pre>
  *
- * <p>No preset has a divergence term, so none needs a second model's log-probs: with verifiable rewards most practice leaves it
- * out. Where the paper has one, the preset says which.
+ * <p>No preset has a divergence term, so none needs a second model's log-probs: with verifiable rewards most practice
+ * leaves it out. Where the paper has one, the preset says which.
  *
  * @param advantageEstimator advantages from the rewards of a prompt's samples
  * @param loss ratio, bounds, divergence and entropy
@@ -17,8 +17,8 @@ public record Algorithm(AdvantageEstimator advantageEstimator, PolicyLoss loss, 
     private static final double CLIP = 0.2;
 
     /**
-     * {@return group relative policy optimisation: Shao et al. 2024, DeepSeekMath, arXiv:2402.03300} The paper adds {@code
-     * kl(KlEstimator.K3, 0.04)}.
+     * {@return group relative policy optimisation: Shao et al. 2024, DeepSeekMath, arXiv:2402.03300} The paper adds
+     * {@code kl(KlEstimator.K3, 0.04)}.
      */
     public static Algorithm grpo() {
         return new Algorithm(
@@ -36,8 +36,8 @@ public record Algorithm(AdvantageEstimator advantageEstimator, PolicyLoss loss, 
     }
 
     /**
-     * {@return the loss of DAPO, with the wider upper bound and the mean over tokens: Yu et al. 2025, arXiv:2503.14476} The
-     * paper's dynamic sampling and overlong penalty concern the rollout and the reward, not the loss.
+     * {@return the loss of DAPO, with the wider upper bound and the mean over tokens: Yu et al. 2025, arXiv:2503.14476}
+     * The paper's dynamic sampling and overlong penalty concern the rollout and the reward, not the loss.
      */
     public static Algorithm dapo() {
         return new Algorithm(AdvantageEstimator.GRPO, PolicyLoss.clipped(CLIP).clip(CLIP, 0.28),
@@ -45,9 +45,9 @@ public record Algorithm(AdvantageEstimator advantageEstimator, PolicyLoss loss, 
     }
 
     /**
-     * {@return REINFORCE with a leave-one-out baseline: Ahmadian et al. 2024, arXiv:2402.14740} The sum over a sequence's tokens
-     * makes it the gradient of whole completions; the paper has no bound, and while each rollout is used for one update none
-     * binds. The paper's divergence is part of the reward.
+     * {@return REINFORCE with a leave-one-out baseline: Ahmadian et al. 2024, arXiv:2402.14740} The sum over a
+     * sequence's tokens makes it the gradient of whole completions; the paper has no bound, and while each rollout is
+     * used for one update none binds. The paper's divergence is part of the reward.
      */
     public static Algorithm rloo() {
         return new Algorithm(
@@ -55,8 +55,8 @@ public record Algorithm(AdvantageEstimator advantageEstimator, PolicyLoss loss, 
     }
 
     /**
-     * {@return REINFORCE++ with a group baseline, normalised over the step: Hu et al. 2025, arXiv:2501.03262} The paper adds a
-     * small {@code kl(KlEstimator.K2, …)}.
+     * {@return REINFORCE++ with a group baseline, normalised over the step: Hu et al. 2025, arXiv:2501.03262} The paper
+     * adds a small {@code kl(KlEstimator.K2, …)}.
      */
     public static Algorithm reinforcePlusPlusBaseline() {
         return new Algorithm(AdvantageEstimator.REINFORCE_PLUS_PLUS_BASELINE, PolicyLoss.clipped(CLIP),
@@ -64,8 +64,8 @@ public record Algorithm(AdvantageEstimator advantageEstimator, PolicyLoss loss, 
     }
 
     /**
-     * {@return group sequence policy optimisation: Zheng et al. 2025, arXiv:2507.18071} Ratios of whole sequences move little,
-     * so the bounds are the paper's 3e-4 and 4e-4.
+     * {@return group sequence policy optimisation: Zheng et al. 2025, arXiv:2507.18071} Ratios of whole sequences move
+     * little, so the bounds are the paper's 3e-4 and 4e-4.
      */
     public static Algorithm gspo() {
         return new Algorithm(AdvantageEstimator.GRPO, PolicyLoss.clipped(CLIP).clip(3e-4, 4e-4).sequenceRatio(true),

@@ -1,15 +1,17 @@
 package dev.tandem.rl;
 
 /**
- * Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438): advantages per token from rewards per token and a
- * critic's values, A[t] = Σ (γλ)^k δ[t+k] with δ[t] = reward[t] + γ value[t+1] - value[t]. The value after the last token is
- * zero: a completion is an episode that ends.
+ * Generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438): advantages per token from rewards per
+ * token and a critic's values, A[t] = Σ (γλ)^k δ[t+k] with δ[t] = reward[t] + γ value[t+1] - value[t]. The value after
+ * the last token is zero: a completion is an episode that ends.
  *
  * @param gamma discount γ per token, from 0 to 1
  * @param lambda λ from 0 (one-step, leans on the critic) to 1 (the whole return, no bias)
  */
 public record Gae(double gamma, double lambda) {
     /**
+     * What a completion's tokens were worth.
+     *
      * @param advantages one per token
      * @param returns what the critic should have said, advantage + value, one per token
      */

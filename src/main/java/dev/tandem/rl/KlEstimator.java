@@ -6,9 +6,9 @@ import dev.tandem.device.Tensor;
  * Estimates of the divergence KL(policy ‖ reference) from one token that the policy sampled, with d = log policy - log
  * reference. Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
  *
- * <p>What estimates the value well need not be a good loss. In the loss, {@link #K1} has a gradient whose expectation is zero:
- * it only adds noise. The gradient of {@link #K2} is that of the divergence; {@link #K3} pulls towards the reference too, and
- * hardest where the policy has become much less likely than the reference.
+ * <p>What estimates the value well need not be a good loss. In the loss, {@link #K1} has a gradient whose expectation
+ * under the policy is zero: it only adds noise. The gradient of {@link #K2} is that of the divergence; {@link #K3}
+ * pulls towards the reference too, and hardest where the policy has become much less likely than the reference.
  */
 public enum KlEstimator {
     /** No divergence is computed, and no reference is needed. */

@@ -1,27 +1,30 @@
 package dev.tandem.rl;
 
+import dev.tandem.device.DType;
 import dev.tandem.device.Tensor;
 import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TokenValues;
 
 /**
- * The clipped policy-gradient loss of PPO (Schulman et al. 2017, arXiv:1707.06347) and of what grew from it. Per token, with
- * ratio r = exp(logprob - old) and advantage A:
+ * The clipped policy-gradient loss of PPO (Schulman et al. 2017, arXiv:1707.06347) and of what grew from it. Per token,
+ * with ratio r = exp(logprob - old) and advantage A:
  *
  * <pre>max(-A r, -A clamp(r, 1 - clipLow, 1 + clipHigh)) + klCoefficient · KL - entropyCoefficient · entropy</pre>
  *
- * <p>and the sum of these times {@link TokenValues#weight}, which carries the {@link Aggregation}. The maximum makes the bound
- * pessimistic: it binds only where moving on would look better, above 1 + clipHigh for A &gt; 0 and below 1 - clipLow for A
- * &lt; 0. A wider upper bound (DAPO) leaves unlikely tokens room to grow.
+ * <p>and the sum of these times {@link TokenValues#weight}, which carries the {@link Aggregation}. The maximum makes
+ * the bound pessimistic: it binds only where moving on would look better, above 1 + clipHigh for A &gt; 0 and below 1 -
+ * clipLow for A &lt; 0. A wider upper bound (DAPO) leaves unlikely tokens room to grow.
  *
  * <p><b>Sequence ratio</b> (GSPO, Zheng et al. 2025, arXiv:2507.18071): all tokens of a sequence have the ratio s =
  * exp(mean(logprob - old)), so a sequence is clipped as a whole. As in verl each token's ratio is written exp(logprob -
- * sg(logprob) + sg(log s)), sg being stop-gradient: its value is s and its gradient flows through the token's own log-prob.
- * Under {@link Aggregation.SequenceMeanTokenMean} that is exactly the gradient of the sequence-level objective, and per-token
- * advantages work as well.
+ * sg(logprob) + sg(log s)), sg being stop-gradient: its value is s and its gradient flows through the token's own
+ * log-prob. Under {@link Aggregation.SequenceMeanTokenMean} that is exactly the gradient of the sequence-level
+ * objective.
  *
- * <p>Ratios are not bounded before the exponential: a log-ratio beyond 88 overflows to infinity, and a step whose loss or
- * gradient is not finite is for the trainer to skip.
+ * <p><b>Precision.</b> The terms are computed in FLOAT64 from FLOAT32 log-probs: next to 1, FLOAT32 numbers lie 1e-7
+ * apart, which is not small beside a bound of 3e-4, and k3 is a small difference of large numbers. A few operations on
+ * N numbers cost nothing next to the head that made them. Ratios are not bounded before the exponential: a step whose
+ * loss or gradient is not finite is for the trainer to skip.
  *
  * @param clipLow how far below 1 the ratio may fall, from 0 to 1; 1 is no bound
  * @param clipHigh how far above 1 the ratio may rise, at least 0; infinite is no bound
@@ -91,14 +94,17 @@ public record PolicyLoss(
     /**
      * {@inheritDoc}
      *
-     * @throws IllegalArgumentException if the tokens lack old log-probs, advantages, or a reference that this loss needs
+     * @return a FLOAT64 scalar
+     * @throws IllegalArgumentException if the tokens lack old log-probs, advantages, or a reference that this loss
+     *     needs
      */
     @Override
     public Tensor loss(TokenValues tokens) {
-        Tensor ratio = ratio(tokens);
+        Tensor logprob = logprob(tokens);
+        Tensor ratio = ratio(logprob, tokens);
         Tensor terms = objective(ratio, tokens).minimum(clippedObjective(ratio, tokens)).neg();
         if (klCoefficient != 0) {
-            terms = terms.add(klEstimator.estimate(tokens.logprob(), tokens.reference()).mul(klCoefficient));
+            terms = terms.add(klEstimator.estimate(logprob, tokens.reference()).mul(klCoefficient));
         }
         if (entropyCoefficient != 0) {
             terms = terms.sub(tokens.entropy().mul(entropyCoefficient));
@@ -106,14 +112,18 @@ public record PolicyLoss(
         return terms.mul(tokens.weight()).sum();
     }
 
+    /** The log-probs in FLOAT64, which everything that is computed from them becomes. */
+    static Tensor logprob(TokenValues tokens) {
+        return tokens.logprob().to(DType.FLOAT64);
+    }
+
     /** How much likelier each token, or its sequence, is now than when it was sampled [N]. */
-    Tensor ratio(TokenValues tokens) {
-        Tensor logRatio = tokens.logprob().sub(tokens.old());
+    Tensor ratio(Tensor logprob, TokenValues tokens) {
+        Tensor logRatio = logprob.sub(tokens.old());
         if (!sequenceRatio) {
             return logRatio.exp();
         }
-        Tensor detached = tokens.logprob().detach();
-        return tokens.logprob().sub(detached).add(tokens.sequenceMean(logRatio.detach())).exp();
+        return logprob.sub(logprob.detach()).add(tokens.sequenceMean(logRatio.detach())).exp();
     }
 
     Tensor objective(Tensor ratio, TokenValues tokens) {

@@ -9,14 +9,14 @@ import java.util.Arrays;
 import java.util.List;
 
 /**
- * What a policy update looked like, over tokens: sums and counts, so that the statistics of micro-batches and ranks add up to
- * those of the step. Means are over tokens, each counted once whatever its weight in the loss.
+ * What a policy update looked like, over tokens: sums and counts, so that the statistics of micro-batches and ranks add
+ * up to those of the step. Means are over tokens, each counted once whatever its weight in the loss.
  *
  * @param tokens how many tokens
  * @param clippedTokens how many tokens had their gradient cut off by the bound on the ratio
  * @param ratioMax the largest ratio of new to old probability, of the kind that the loss uses; 0 if there are no tokens
- * @param logprobGapMax the largest |logprob - old|; on the first update after a rollout, when the weights are still those that
- *     sampled, the largest gap between generation's and training's log-probs
+ * @param logprobGapMax the largest |logprob - old|; on the first update after a rollout, when the weights are still
+ *     those that sampled, the largest gap between generation's and training's log-probs
  * @param logprobGapSum sum of |logprob - old|
  * @param oldKlK1Sum sum of old - logprob, the k1 estimate of KL(old ‖ policy)
  * @param oldKlK3Sum sum of exp(logprob - old) - 1 - (logprob - old), the k3 estimate of KL(old ‖ policy)
@@ -40,8 +40,8 @@ public record PolicyStatistics(
     public static final PolicyStatistics NONE = new PolicyStatistics(0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
 
     /**
-     * Computes the statistics of a micro-batch, without recording for differentiation, and waits for the device once. Call it on
-     * the rank's thread.
+     * Computes the statistics of a micro-batch, without recording for differentiation, and waits for the device once.
+     * Call it on the rank's thread.
      *
      * @param loss whose ratio, bounds and divergence are meant
      * @param tokens the micro-batch, at least one token
@@ -49,16 +49,14 @@ public record PolicyStatistics(
      */
     public static PolicyStatistics of(PolicyLoss loss, TokenValues tokens) {
         long count = tokens.logprob().elements();
-        try (Scope scope = Scope.open(); Gradients disabled = Gradients.disabled()) {
-            Tensor ratio = loss.ratio(tokens);
+        try (Scope _ = Scope.open(); Gradients _ = Gradients.disabled()) {
+            Tensor logprob = PolicyLoss.logprob(tokens);
+            Tensor ratio = loss.ratio(logprob, tokens);
             Tensor lost = loss.clippedObjective(ratio, tokens).sub(loss.objective(ratio, tokens));
-            // In double precision: k3 is a small difference of large numbers while the policy is close to what it is compared with.
-            Tensor logprob = tokens.logprob().to(DType.FLOAT64);
-            Tensor old = tokens.old().to(DType.FLOAT64);
-            Tensor gap = logprob.sub(old);
+            Tensor gap = logprob.sub(tokens.old());
             boolean compared = loss.needsReference();
             Tensor referenceKl = compared
-                    ? loss.klEstimator().estimate(logprob, tokens.reference().to(DType.FLOAT64))
+                    ? loss.klEstimator().estimate(logprob, tokens.reference())
                     : Tensor.zeros(gap.device(), DType.FLOAT64, 1);
             double[] values = onHost(
                     lost.lessThan(0).to(DType.FLOAT64).sum(),
@@ -66,7 +64,7 @@ public record PolicyStatistics(
                     gap.abs().max(),
                     gap.abs().sum(),
                     gap.neg().sum(),
-                    KlEstimator.K3.estimate(old, logprob).sum(),
+                    KlEstimator.K3.estimate(tokens.old(), logprob).sum(),
                     referenceKl.sum(),
                     tokens.entropy().to(DType.FLOAT64).sum());
             return new PolicyStatistics(count, (long) values[0], values[1], values[2], values[3], values[4], values[5],

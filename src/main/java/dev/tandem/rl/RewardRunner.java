@@ -12,13 +12,13 @@ import java.util.stream.Collectors;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Scores completions with a reward function, every call on a virtual thread of its own, so that rewards which wait for a
- * sandbox, a judge or a file wait together. The reward is called from many threads at once and must not use tensors: libtorch
- * stays on the ranks' threads.
+ * Scores completions with a reward function, every call on a virtual thread of its own, so that rewards which wait for
+ * a sandbox, a judge or a file wait together. The reward is called from many threads at once and must not use tensors:
+ * libtorch stays on the ranks' threads.
  *
- * <p>One failure ends the batch. The other calls are interrupted, and the exception is thrown when they have ended; a call that
- * ignores the interruption is waited for one second, then abandoned: its daemon thread runs on and its result is dropped, since
- * the JVM cannot stop it and a training run must not hang on it.
+ * <p>One failure ends the batch. The other calls are interrupted, and the exception is thrown when they have ended; a
+ * call that ignores the interruption is waited for one second, then abandoned: its daemon thread runs on and its result
+ * is dropped, since the JVM cannot stop it and a training run must not hang on it.
  *
  * @param timeLimit how long all calls together may take, or null for no limit
  */
@@ -52,9 +52,9 @@ public record RewardRunner(@Nullable Duration timeLimit) {
      * @param completions what to score; {@code toString} names one in an error
      * @param reward gives a finite number
      * @return the scores, in the order of the completions
-     * @throws RewardException if a call throws or gives NaN or an infinite number (the message names which, and the call's own
-     *     exception is the cause), if the limit passes (it names those that have not ended), or if the caller is interrupted,
-     *     which stays interrupted
+     * @throws RewardException if a call throws or gives NaN or an infinite number (the message names which, and the
+     *     call's own exception is the cause), if the limit passes (it names those that have not ended), or if the
+     *     caller is interrupted, which stays interrupted
      */
     public <T> double[] scores(List<T> completions, ToDoubleFunction<? super T> reward) {
         BlockingQueue<Outcome> outcomes = new LinkedBlockingQueue<>();
@@ -79,7 +79,7 @@ public record RewardRunner(@Nullable Duration timeLimit) {
     private static <T> Outcome call(int index, T completion, ToDoubleFunction<? super T> reward) {
         try {
             return new Outcome(index, reward.applyAsDouble(completion), null);
-        } catch (Throwable failure) { // errors too: an assertion or a stack overflow is the reward's failure, not the run's
+        } catch (Throwable failure) { // errors too: an assertion or a stack overflow is the reward's failure
             return new Outcome(index, Double.NaN, failure);
         }
     }
@@ -109,8 +109,9 @@ public record RewardRunner(@Nullable Duration timeLimit) {
             long left = TimeUnit.NANOSECONDS.convert(timeLimit) - (System.nanoTime() - start);
             Outcome outcome = outcomes.poll(left, TimeUnit.NANOSECONDS);
             if (outcome == null) {
-                throw new RewardException(missing.nextSetBit(0), "the rewards were given " + timeLimit + ", and "
-                        + named(missing, count) + " have not ended; raise the limit or bound the reward function", null);
+                String message = "the rewards were given " + timeLimit + ", and " + named(missing, count)
+                        + " have not ended; raise the limit or bound the reward function";
+                throw new RewardException(missing.nextSetBit(0), message, null);
             }
             return outcome;
         } catch (InterruptedException interruption) {
@@ -121,12 +122,12 @@ public record RewardRunner(@Nullable Duration timeLimit) {
     }
 
     private static RewardException failed(Outcome outcome, List<?> completions) {
-        String of = "the reward of completion " + outcome.index() + " of " + completions.size();
-        String completion = ": " + described(completions.get(outcome.index()));
-        return outcome.failure() != null
-                ? new RewardException(outcome.index(), of + " threw " + outcome.failure() + completion, outcome.failure())
-                : new RewardException(
-                        outcome.index(), of + " is " + outcome.score() + ", not a finite number" + completion, null);
+        int index = outcome.index();
+        Throwable failure = outcome.failure();
+        String happened = failure != null ? " threw " + failure : " is " + outcome.score() + ", not a finite number";
+        String message = "the reward of completion " + index + " of " + completions.size() + happened + ": "
+                + described(completions.get(index));
+        return new RewardException(index, message, failure);
     }
 
     private static void cancel(List<Thread> calls) {
@@ -147,9 +148,10 @@ public record RewardRunner(@Nullable Duration timeLimit) {
 
     /** For example "completions 3, 7, 9 (3 of 64)". */
     private static String named(BitSet missing, int count) {
-        String indices = missing.stream().limit(MAX_NAMED).mapToObj(Integer::toString).collect(Collectors.joining(", "));
-        return "completions " + indices + (missing.cardinality() > MAX_NAMED ? ", …" : "") + " (" + missing.cardinality()
-                + " of " + count + ")";
+        int total = missing.cardinality();
+        String indices =
+                missing.stream().limit(MAX_NAMED).mapToObj(Integer::toString).collect(Collectors.joining(", "));
+        return "completions " + indices + (total > MAX_NAMED ? ", …" : "") + " (" + total + " of " + count + ")";
     }
 
     private static String described(Object completion) {

@@ -6,8 +6,8 @@ import com.google.gson.JsonPrimitive;
 import java.util.Locale;
 
 /**
- * What one step of reinforcement learning did: one line of a log, or one object of a metrics file. A number that a step does
- * not have (the divergence when there is no reference) is NaN.
+ * What one step of reinforcement learning did: one line of a log, or one object of a metrics file. A number that a step
+ * does not have (the divergence when there is no reference) is NaN.
  *
  * @param step the step's number, from 0
  * @param rewardMean mean reward of the step's completions
@@ -97,10 +97,10 @@ public record StepMetrics(
     @Override
     public String toString() {
         return String.format(Locale.ROOT,
-                "step %d%s reward %.3f±%.3f loss %.4g kl %.3g entropy %.3f clip %.3f grad %.3g length %.1f gap %.2g/%.2g"
-                        + " | rollout %s | reward %s | train %s",
-                step, skipped ? " SKIPPED" : "", rewardMean, rewardDeviation, loss, kl, entropy, clipFraction, gradientNorm,
-                responseLength, logprobGapMax, logprobGapMean, rollout, reward, train);
+                "step %d%s reward %.3f±%.3f loss %.4g kl %.3g entropy %.3f clip %.3f grad %.3g length %.1f"
+                        + " gap %.2g/%.2g | rollout %s | reward %s | train %s",
+                step, skipped ? " SKIPPED" : "", rewardMean, rewardDeviation, loss, kl, entropy, clipFraction,
+                gradientNorm, responseLength, logprobGapMax, logprobGapMean, rollout, reward, train);
     }
 
     /** JSON has no NaN and no infinity. */

@@ -75,7 +75,8 @@ class AdvantageEstimatorTest {
                         case DR_GRPO -> group[i] - sum / n;
                         case RLOO -> group[i] - (sum - group[i]) / (n - 1);
                         case REINFORCE_PLUS_PLUS_BASELINE ->
-                            found[0][0] + (group[i] - sum / n - (rewards[0][0] - mean(rewards[0]))) * slope(rewards, found);
+                            found[0][0] + slope(rewards, found)
+                                    * (group[i] - sum / n - (rewards[0][0] - mean(rewards[0])));
                     };
                     assertEquals(expected, found[g][i], 1e-9, "seed " + seed + ", group " + g + ", sample " + i);
                 }

@@ -5,6 +5,7 @@ import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import java.util.Arrays;
 import org.junit.jupiter.api.Test;
 
 class AggregationTest {
@@ -18,15 +19,15 @@ class AggregationTest {
                 new float[] {1 / 12f, 0, 1 / 3f, 1 / 15f}, new Aggregation.SequenceMeanTokenMean().weights(COUNTS));
         assertArrayEquals(
                 new float[] {1 / 3f, 0, 1 / 3f, 1 / 3f}, new Aggregation.SequenceMeanTokenSum().weights(COUNTS));
-        assertArrayEquals(
-                new float[] {1 / 24f, 0, 1 / 24f, 1 / 24f}, new Aggregation.SequenceMeanTokenSumNorm(8).weights(COUNTS));
+        assertArrayEquals(new float[] {1 / 24f, 0, 1 / 24f, 1 / 24f},
+                new Aggregation.SequenceMeanTokenSumNorm(8).weights(COUNTS));
     }
 
     /** The counts and the products of counts that a large step reaches do not fit an int. */
     @Test
     void largeStepsDoNotOverflow() {
         int[] counts = new int[1 << 16];
-        java.util.Arrays.fill(counts, 1 << 17);
+        Arrays.fill(counts, 1 << 17);
         assertEquals(0x1p-33f, new Aggregation.TokenMean().weights(counts)[0]);
         assertEquals(0x1p-33f, new Aggregation.SequenceMeanTokenMean().weights(counts)[0]);
         assertEquals(0x1p-46f, new Aggregation.SequenceMeanTokenSumNorm(1 << 30).weights(counts)[0]);

@@ -10,6 +10,7 @@ import dev.tandem.training.TokenValues;
 import java.io.IOException;
 import java.io.InputStream;
 import java.io.InputStreamReader;
+import java.io.UncheckedIOException;
 import java.nio.charset.StandardCharsets;
 import java.util.Arrays;
 import java.util.Objects;
@@ -42,7 +43,7 @@ record PolicyBatch(
         try (InputStream in = Objects.requireNonNull(PolicyBatch.class.getResourceAsStream(resource), resource)) {
             return JsonParser.parseReader(new InputStreamReader(in, StandardCharsets.UTF_8));
         } catch (IOException e) {
-            throw new java.io.UncheckedIOException(e);
+            throw new UncheckedIOException(e);
         }
     }
 
@@ -98,7 +99,8 @@ record PolicyBatch(
         }
         Device cpu = Device.cpu();
         return new TokenValues(vector(logprob).requireGradient(), vector(entropy).requireGradient(), vector(old),
-                vector(reference), vector(advantage), Tensor.of(cpu, weights), Tensor.of(cpu, sequence), logprob.length);
+                vector(reference), vector(advantage), Tensor.of(cpu, weights), Tensor.of(cpu, sequence),
+                logprob.length);
     }
 
     private static Tensor vector(double[][] values) {
@@ -113,8 +115,8 @@ record PolicyBatch(
     /**
      * The loss in plain doubles.
      *
-     * @param constant where stop-gradient is meant, the log-probs that stay as they are; null differentiates the sequence ratio
-     *     itself
+     * @param constant where stop-gradient is meant, the log-probs that stay as they are; null differentiates the
+     *     sequence ratio itself
      */
     double loss(PolicyLoss loss, Aggregation aggregation, double[][] constant) {
         double sum = 0;

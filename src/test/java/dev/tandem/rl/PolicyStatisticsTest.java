@@ -4,6 +4,7 @@ import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import dev.tandem.device.Scope;
+import java.util.Arrays;
 import java.util.SplittableRandom;
 import org.bytedeco.javacpp.Pointer;
 import org.junit.jupiter.api.Test;
@@ -92,7 +93,7 @@ class PolicyStatisticsTest {
     void smallChangesAreResolved() {
         double[][] zeros = {new double[100]};
         double[][] old = {new double[100]};
-        java.util.Arrays.fill(old[0], -1e-4);
+        Arrays.fill(old[0], -1e-4);
         PolicyStatistics found = of(new PolicyBatch(zeros, old, zeros, zeros, zeros), LOSS);
         assertEquals(5e-9, found.oldKlK3(), 1e-12);
     }

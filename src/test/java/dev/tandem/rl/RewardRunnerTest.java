@@ -75,7 +75,8 @@ class RewardRunnerTest {
         assertEquals(1, failure.index());
         assertEquals(2, interrupted.get(), "the calls must have ended when the exception comes");
         String message = failure.getMessage();
-        assertTrue(message.startsWith("the reward of completion 1 of 3 threw java.lang.AssertionError: no answer"), message);
+        assertTrue(message.startsWith("the reward of completion 1 of 3 threw java.lang.AssertionError: no answer: the"),
+                message);
         assertTrue(message.contains("the answer is xxx") && message.endsWith("…") && message.length() < 250, message);
     }
 
@@ -85,7 +86,8 @@ class RewardRunnerTest {
             RewardException failure = assertThrows(RewardException.class,
                     () -> UNLIMITED.scores(List.of("a", "b", "c"), completion -> completion.equals("c") ? bad : 1));
             assertEquals(2, failure.index());
-            assertEquals("the reward of completion 2 of 3 is " + bad + ", not a finite number: c", failure.getMessage());
+            assertEquals(
+                    "the reward of completion 2 of 3 is " + bad + ", not a finite number: c", failure.getMessage());
         }
         assertArrayEquals(new double[] {1}, UNLIMITED.scores(List.of("a"), completion -> 1), "still usable");
     }

@@ -12,8 +12,8 @@ import java.util.stream.Collectors;
 import org.junit.jupiter.api.Test;
 
 class StepMetricsTest {
-    private static final StepMetrics METRICS = new StepMetrics(7, 0.5, 0.25, -0.0125, Double.NaN, 1.5, 0.0625, 2.5, 33.5,
-            0.001, 1e-5, new StepMetrics.Phase(2, 4096, 3L << 29), new StepMetrics.Phase(0, 64, 0),
+    private static final StepMetrics METRICS = new StepMetrics(7, 0.5, 0.25, -0.0125, Double.NaN, 1.5, 0.0625, 2.5,
+            33.5, 0.001, 1e-5, new StepMetrics.Phase(2, 4096, 3L << 29), new StepMetrics.Phase(0, 64, 0),
             new StepMetrics.Phase(4, 8192, 5L << 30), true);
 
     @Test
@@ -45,8 +45,8 @@ class StepMetricsTest {
         try {
             Locale.setDefault(Locale.GERMANY);
             assertEquals("step 7 SKIPPED reward 0.500±0.250 loss -0.01250 kl NaN entropy 1.500 clip 0.063 grad 2.50"
-                    + " length 33.5 gap 0.0010/1.0e-05 | rollout 2.00s 2048tok/s 1.50GiB | reward 0.00s NaNtok/s 0.00GiB"
-                    + " | train 4.00s 2048tok/s 5.00GiB", METRICS.toString());
+                    + " length 33.5 gap 0.0010/1.0e-05 | rollout 2.00s 2048tok/s 1.50GiB"
+                    + " | reward 0.00s NaNtok/s 0.00GiB | train 4.00s 2048tok/s 5.00GiB", METRICS.toString());
         } finally {
             Locale.setDefault(before);
         }
