@@ -10,7 +10,9 @@ module dev.tandem {
     requires jdk.jfr;
 
     exports dev.tandem.device;
+    exports dev.tandem.generation;
     exports dev.tandem.model;
     exports dev.tandem.parallel;
+    exports dev.tandem.rl;
     exports dev.tandem.training;
 }

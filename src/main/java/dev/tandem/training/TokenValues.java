@@ -1,6 +1,5 @@
 package dev.tandem.training;
 
-import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.Tensor;
 import org.jspecify.annotations.Nullable;
@@ -74,9 +73,9 @@ public final class TokenValues {
     /** {@return each token's value replaced by the mean over its sequence [N], differentiable} */
     public Tensor sequenceMean(Tensor values) {
         Device device = values.device();
-        Tensor sums = Tensor.zeros(device, DType.FLOAT32, sequences);
-        Tensor counts = Tensor.zeros(device, DType.FLOAT32, sequences);
-        counts.indexAddInPlace(0, sequence, Tensor.full(device, DType.FLOAT32, 1, values.size(0)));
+        Tensor sums = Tensor.zeros(device, values.dtype(), sequences);
+        Tensor counts = Tensor.zeros(device, values.dtype(), sequences);
+        counts.indexAddInPlace(0, sequence, Tensor.full(device, values.dtype(), 1, values.size(0)));
         sums.indexAddInPlace(0, sequence, values);
         return sums.div(counts).indexSelect(0, sequence);
     }
