@@ -204,27 +204,27 @@ final class BlockTables {
         copyCount = kept;
     }
 
-    /** Writes the queued copies into a plan. They stay queued until {@link #commitCopies}: the plan may turn out empty. */
-    void planCopies(StepPlan plan) {
-        for (int i = 0; i < copyCount; i++) {
-            plan.addCopy(copySource[i], copyTarget[i]);
-        }
+    /** {@return the number of queued copies} Those queued before a step is planned are the ones it runs. */
+    int queuedCopies() {
+        return copyCount;
     }
 
-    /** The planned copies are part of a step now. Forks of that step itself stay queued. */
-    void commitCopies(StepPlan plan) {
-        int planned = plan.copyCount;
-        for (int i = 0; i < planned; i++) {
-            release(copySource[i], plan.step);
-            if (copyEpoch[i] == requests.epoch[copySlot[i]]) {
-                requests.lastStep[copySlot[i]] = plan.step; // its target is written by this step
+    /** Makes the {@code due} oldest queued copies part of a step, but for those whose owner was preempted while it was planned. */
+    void planCopies(StepPlan plan, int due) {
+        for (int i = 0; i < due; i++) {
+            if (copyEpoch[i] != requests.epoch[copySlot[i]]) {
+                release(copySource[i], completedStep);
+                continue;
             }
+            plan.addCopy(copySource[i], copyTarget[i]);
+            release(copySource[i], plan.step);
+            requests.lastStep[copySlot[i]] = plan.step; // this step writes the slot's block, whether or not it has a row
         }
-        copyCount -= planned;
-        System.arraycopy(copySource, planned, copySource, 0, copyCount);
-        System.arraycopy(copyTarget, planned, copyTarget, 0, copyCount);
-        System.arraycopy(copySlot, planned, copySlot, 0, copyCount);
-        System.arraycopy(copyEpoch, planned, copyEpoch, 0, copyCount);
+        copyCount -= due;
+        System.arraycopy(copySource, due, copySource, 0, copyCount);
+        System.arraycopy(copyTarget, due, copyTarget, 0, copyCount);
+        System.arraycopy(copySlot, due, copySlot, 0, copyCount);
+        System.arraycopy(copyEpoch, due, copyEpoch, 0, copyCount);
     }
 
     /** {@return references held by no table: fenced blocks and sources of queued copies} Used by tests. */

@@ -159,6 +159,12 @@ final class Scheduler {
                         + " is outside the vocabulary of " + options.vocabularySize() + " tokens");
             }
         }
+        for (int id : params.stopTokenIds()) {
+            if (id >= options.vocabularySize()) {
+                throw new IllegalArgumentException("request " + requestId + ": stop token id " + id
+                        + " is outside the vocabulary of " + options.vocabularySize() + " tokens");
+            }
+        }
         if (promptLength >= options.contextLength()) {
             throw new IllegalArgumentException("request " + requestId + ": a prompt of " + promptLength
                     + " tokens leaves no room to generate in a context of " + options.contextLength() + " tokens");
@@ -214,7 +220,7 @@ final class Scheduler {
                     + " are in flight; complete the first before scheduling another");
         }
         plan.begin(scheduledStep + 1);
-        tables.planCopies(plan);
+        int dueCopies = tables.queuedCopies();
         lackedBlocks = false;
         int budget = continueRunning(plan, options.tokenBudget(), true);
         budget = continueRunning(plan, budget, false);
@@ -225,7 +231,7 @@ final class Scheduler {
             return false;
         }
         scheduledStep = plan.step;
-        tables.commitCopies(plan);
+        tables.planCopies(plan, dueCopies);
         return true;
     }
 

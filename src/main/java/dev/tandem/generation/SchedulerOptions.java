@@ -35,6 +35,12 @@ record SchedulerOptions(
         requireAtLeast(1, vocabularySize, "vocabularySize");
         requireAtLeast(0, watermarkBlocks, "watermarkBlocks");
         eosTokenIds = List.copyOf(eosTokenIds);
+        for (int id : eosTokenIds) {
+            if (id < 0 || id >= vocabularySize) {
+                throw new IllegalArgumentException("scheduler option eosTokenIds holds " + id
+                        + ", which is outside the vocabulary of " + vocabularySize + " tokens");
+            }
+        }
     }
 
     private static void requireAtLeast(int least, int found, String name) {
