@@ -2,7 +2,7 @@ package dev.tandem.generation;
 
 /** Turns token ids into text, as a tokenizer does. */
 @FunctionalInterface
-interface TokenDecoder {
+public interface TokenDecoder {
     /**
      * {@return the text of the tokens {@code tokens[from] … tokens[to - 1]}} Bytes that form no complete UTF-8 sequence are
      * shown as U+FFFD.

@@ -1,0 +1,376 @@
+package dev.tandem.generation;
+
+import dev.tandem.device.DType;
+import dev.tandem.device.DeviceMemory;
+import dev.tandem.device.Gradients;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.model.Decoder;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.model.WeightArena;
+import java.lang.foreign.MemorySegment;
+import java.util.Arrays;
+import java.util.List;
+import java.util.function.Consumer;
+import org.jspecify.annotations.Nullable;
+
+/**
+ * Generates on one rank: continuous batching over a paged KV cache, one {@link #step} at a time.
+ *
+ * <p>A step asks the {@link Scheduler} which tokens to compute, lays them out ({@link StepBatch}), runs the decoder over the arena's
+ * weights, samples from the last row of each sequence that is complete so far, and hands the tokens back. Prefill and decoding are not
+ * told apart: any step may hold chunks of prompts beside single tokens. Samples that end become {@link Completion}s.
+ *
+ * <p>What is sampled depends on the weights, the prompt, the parameters and the seed, and not on what else is in the batch, up to how
+ * libtorch rounds for other shapes. Confined to its rank's thread. The owner closes it.
+ */
+public final class Generator implements AutoCloseable {
+    private static final int[] NONE_MASKED = new int[0];
+
+    private final ModelConfig config;
+    private final WeightArena arena;
+    private final Decoder decoder;
+    private final DeviceMemory memory;
+    private final GeneratorOptions options;
+    private final TokenDecoder text;
+    private final KvCache cache;
+    private final BlockPool pool;
+    private final Scheduler scheduler;
+    private final StepPlan plan;
+    private final StepBatch batch;
+    private final Sampler sampler;
+    private final int[] sampled;
+    private final float[] sampledLogprobs;
+    private @Nullable Output[] outputs = new Output[0];
+    private long submitted;
+    private long seed;
+    private long weightVersion;
+    private long generatedTokens;
+    private long computedTokens;
+    private boolean nonFinite;
+
+    /** What is known of a sample beside the scheduler's table. */
+    private final class Output {
+        final Prompt prompt;
+        final int sample;
+        final float[] logprobs;
+        final @Nullable Consumer<String> listener;
+        final IncrementalDetokenizer detokenizer;
+        final StopStrings stops;
+        final StringBuilder shown = new StringBuilder();
+        final boolean incremental;
+        int count;
+        long firstVersion = -1;
+        long lastVersion;
+
+        Output(Prompt prompt, int sample, int capacity, @Nullable Consumer<String> listener) {
+            this.prompt = prompt;
+            this.sample = sample;
+            this.listener = listener;
+            logprobs = new float[capacity];
+            detokenizer = new IncrementalDetokenizer(text, prompt.tokens().length);
+            stops = new StopStrings(prompt.params().stopStrings());
+            incremental = listener != null || !prompt.params().stopStrings().isEmpty();
+        }
+
+        /** Shows new text; true when a stop string is complete. */
+        boolean show(int[] tokens, int tokenCount) {
+            append(stops.append(detokenizer.append(tokens, tokenCount)));
+            return stops.matched() != null;
+        }
+
+        void append(String piece) {
+            shown.append(piece);
+            if (listener != null && !piece.isEmpty()) {
+                listener.accept(piece);
+            }
+        }
+
+        String wholeText(int[] tokens, int tokenCount) {
+            if (!incremental) {
+                return text.decode(tokens, prompt.tokens().length, tokenCount);
+            }
+            if (stops.matched() == null) {
+                append(stops.append(detokenizer.flush(tokens, tokenCount)));
+                append(stops.flush());
+            }
+            return shown.toString();
+        }
+    }
+
+    /**
+     * Makes a generator whose KV cache sleeps.
+     *
+     * @param arena the weights, read in place
+     * @param decoder of the model
+     * @param memory the device's ledger
+     * @param maxBlocks for how many KV pages addresses are reserved
+     * @param text decodes tokens, special ones left out
+     * @param seed of requests that bring none
+     */
+    public Generator(WeightArena arena, Decoder decoder, DeviceMemory memory, GeneratorOptions options, int maxBlocks,
+            TokenDecoder text, List<Integer> eosTokenIds, long seed) {
+        this.config = arena.layout().config();
+        this.arena = arena;
+        this.decoder = decoder;
+        this.memory = memory;
+        this.options = options;
+        this.text = text;
+        this.seed = seed;
+        cache = new KvCache(config, memory.device(), arena.dtype(), options.blockSize(), maxBlocks, memory);
+        pool = new BlockPool(options.blockSize(), 1);
+        scheduler = new Scheduler(
+                new SchedulerOptions(options.tokenBudget(), options.maxRunning(), options.prefillThreshold(), config.maxPositions(),
+                        config.vocabSize(), 1, options.reserveFull(), options.prefixCaching(), eosTokenIds),
+                pool);
+        plan = new StepPlan(options.maxRunning());
+        batch = new StepBatch(options.tokenBudget(), options.maxRunning(), options.blockSize());
+        sampler = new Sampler(config.vocabSize());
+        sampled = new int[options.maxRunning()];
+        sampledLogprobs = new float[options.maxRunning()];
+    }
+
+    /** {@return the bytes of one KV page} */
+    public static long blockBytes(ModelConfig config, DType dtype, GeneratorOptions options) {
+        return KvCache.blockBytes(config, dtype, options.blockSize());
+    }
+
+    /**
+     * Backs {@code blocks} KV pages with memory. All or nothing.
+     *
+     * @param blocks page 0 included, which pads
+     */
+    public void wake(int blocks) {
+        cache.wake(blocks);
+        pool.grow(blocks);
+    }
+
+    /** Gives the KV memory back. Unfinished samples keep their tokens and are computed again after the next {@link #wake}. */
+    public void sleep() {
+        scheduler.preemptAll();
+        pool.reset();
+        pool.shrink(1);
+        cache.sleep();
+    }
+
+    /** {@return whether the KV cache is backed by memory} */
+    public boolean awake() {
+        return cache.blocks() > 0;
+    }
+
+    /** {@return the address of the first KV page} */
+    public long kvAddress() {
+        return cache.address();
+    }
+
+    /** Tells that the weights have changed: keys and values that older weights computed are not found any more. */
+    public void weightVersion(long version) {
+        if (version != weightVersion) {
+            weightVersion = version;
+            pool.setNamespace(version);
+        }
+    }
+
+    /** Sets the seed of requests that bring none. */
+    public void seed(long value) {
+        seed = value;
+    }
+
+    /**
+     * Queues a prompt.
+     *
+     * @param listener given the text of the first sample piece by piece, or null
+     * @return the request's number, for {@link #abort}
+     * @throws IllegalArgumentException when the prompt can never run; the message has the numbers
+     */
+    public long submit(Prompt prompt, @Nullable Consumer<String> listener) {
+        cache.requireAwake();
+        SamplingParams params = prompt.params();
+        long[] keys = new long[params.n()];
+        for (int i = 0; i < keys.length; i++) {
+            keys[i] = CounterRandom.bits(prompt.index(), i, 0);
+        }
+        long request = ++submitted;
+        int slot = scheduler.submit(request, prompt.tokens(), params, keys);
+        RequestTable requests = scheduler.requests();
+        outputs = requests.capacity() > outputs.length ? Arrays.copyOf(outputs, requests.capacity()) : outputs;
+        for (int i = 0; slot != RequestTable.NONE; i++) {
+            int capacity = requests.limit[slot] - prompt.tokens().length;
+            outputs[slot] = new Output(prompt, i, capacity, i == 0 ? listener : null);
+            slot = requests.nextSibling[slot];
+        }
+        return request;
+    }
+
+    /** Ends a request; its samples come out of the next step with what they have. */
+    public void abort(long request) {
+        scheduler.abort(request);
+    }
+
+    /** {@return whether a sample waits, runs, or has ended and was not handed out} */
+    public boolean hasWork() {
+        return scheduler.hasWork() || scheduler.requests().used() > 0;
+    }
+
+    /**
+     * One step: computes, samples, and hands out the samples that ended.
+     *
+     * @param finished receives completions on this thread; it may submit new prompts
+     */
+    public void step(Consumer<Completion> finished) {
+        cache.requireAwake();
+        if (scheduler.schedule(plan)) {
+            try {
+                execute();
+            } catch (RuntimeException | Error e) {
+                scheduler.abandonSteps();
+                throw e;
+            }
+            scheduler.complete(plan, sampled);
+            accept();
+        }
+        for (int slot = scheduler.pollFinished(); slot != RequestTable.NONE; slot = scheduler.pollFinished()) {
+            Completion completion = completion(slot);
+            scheduler.release(slot);
+            finished.accept(completion);
+        }
+    }
+
+    private void execute() {
+        try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
+            cache.copy(plan.copySource, plan.copyTarget, plan.copyCount);
+            batch.fill(plan, scheduler.requests());
+            computedTokens += batch.tokenCount();
+            Tensor hidden = forward();
+            if (hidden != null) {
+                sample(hidden);
+            }
+        }
+    }
+
+    /** The states of the rows to sample, [wanted, embedding size], or null when no row is sampled in this step. */
+    private @Nullable Tensor forward() {
+        var device = memory.device();
+        Decoder.Placement placement = decoder.place(batch.positions(device), batch.limit());
+        PagedAttention attention =
+                new PagedAttention(config, cache, plan, batch, scheduler.requests(), device, arena.dtype());
+        boolean some = batch.wantedCount() > 0;
+        Tensor wanted = some && batch.wantedCount() < batch.tokenCount() ? batch.wanted(device) : null;
+        Tensor x = decoder.embed(arena.embedding(), batch.tokens(device), placement);
+        for (int layer = 0; layer < config.layers(); layer++) {
+            try (Scope inner = Scope.open()) {
+                boolean last = layer == config.layers() - 1;
+                x = inner.escape(decoder.layer(layer, arena.layer(layer), x, placement, attention, last ? wanted : null));
+            }
+        }
+        if (!some) {
+            return null;
+        }
+        // With every token wanted the rows are still in the batch's order, and not in the order of the plan's rows.
+        return decoder.finish(arena.head(), wanted == null ? x.indexSelect(0, batch.wanted(device)) : x);
+    }
+
+    private void sample(Tensor hidden) {
+        Tensor logits = hidden.linear(arena.logitMatrix(), null).to(DType.FLOAT32);
+        double[] logSums = logits.logSumExp(-1).toDoubles();
+        MemorySegment rows = logits.on(dev.tandem.device.Device.cpu()).memory();
+        RequestTable requests = scheduler.requests();
+        for (int i = 0; i < plan.sampleCount; i++) {
+            int slot = plan.sampleSlot[i];
+            SamplingParams params = requests.params[slot];
+            int row = batch.wantedIndex(plan.sampleRow[i]);
+            int generated = plan.samplePosition[i] - requests.promptLength[slot];
+            int[] masked = generated < params.minTokens() ? requests.stopIds[slot] : NONE_MASKED;
+            Long own = params.seed();
+            double uniform =
+                    CounterRandom.uniform(own == null ? seed : own, requests.sampleKey[slot], plan.samplePosition[i]);
+            sampled[i] = sampler.sample(rows, 4L * config.vocabSize() * row, params, requests.tokens[slot],
+                    plan.samplePosition[i], masked, uniform, logSums[row]);
+            sampledLogprobs[i] = (float) sampler.logprob();
+            nonFinite |= sampled[i] == Sampler.NON_FINITE;
+        }
+    }
+
+    private void accept() {
+        RequestTable requests = scheduler.requests();
+        for (int i = 0; i < plan.sampleCount; i++) {
+            if (!plan.accepted[i]) {
+                continue;
+            }
+            int slot = plan.sampleSlot[i];
+            Output output = output(slot);
+            output.logprobs[output.count++] = sampledLogprobs[i];
+            output.lastVersion = weightVersion;
+            output.firstVersion = output.firstVersion < 0 ? weightVersion : output.firstVersion;
+            generatedTokens++;
+            if (output.incremental && output.show(requests.tokens[slot], requests.tokenCount[slot])) {
+                String stop = output.stops.matched();
+                scheduler.finish(slot, requests.epoch[slot], new Finish.StopString(stop == null ? "" : stop));
+            }
+        }
+        if (nonFinite) {
+            // Keys and values that are not finite would spoil later users of their pages, even behind a mask.
+            nonFinite = false;
+            scheduler.preemptAll();
+            pool.reset();
+            cache.clear();
+        }
+    }
+
+    private Completion completion(int slot) {
+        RequestTable requests = scheduler.requests();
+        Output output = output(slot);
+        outputs[slot] = null;
+        int[] tokens = requests.tokens[slot];
+        int count = requests.tokenCount[slot];
+        Finish finish = requests.finish[slot];
+        return new Completion(output.prompt.index(), output.sample, output.prompt.text(), output.prompt.tokens(),
+                Arrays.copyOfRange(tokens, output.prompt.tokens().length, count), Arrays.copyOf(output.logprobs, output.count),
+                output.wholeText(tokens, count), finish == null ? new Finish.Aborted() : finish,
+                Math.max(0, requests.cachedTokens[slot]),
+                new Completion.WeightVersions(output.firstVersion, output.lastVersion));
+    }
+
+    private Output output(int slot) {
+        Output output = outputs[slot];
+        if (output == null) {
+            throw new IllegalStateException("slot " + slot + " has no output");
+        }
+        return output;
+    }
+
+    /** {@return tokens sampled so far} */
+    public long generatedTokens() {
+        return generatedTokens;
+    }
+
+    /** {@return tokens run through the model so far, prompts and recomputed ones included} */
+    public long computedTokens() {
+        return computedTokens;
+    }
+
+    /** {@return how often a sample lost its KV pages to others} */
+    public long preemptions() {
+        return scheduler.preemptionCount();
+    }
+
+    /** Drops all requests and samples, after a failure. */
+    public void reset() {
+        RequestTable requests = scheduler.requests();
+        for (int slot = 0; slot < requests.capacity(); slot++) {
+            if (requests.state[slot] != RequestTable.State.FREE && requests.state[slot] != RequestTable.State.FINISHED) {
+                scheduler.finish(slot, requests.epoch[slot], new Finish.Aborted());
+            }
+        }
+        for (int slot = scheduler.pollFinished(); slot != RequestTable.NONE; slot = scheduler.pollFinished()) {
+            outputs[slot] = null;
+            scheduler.release(slot);
+        }
+    }
+
+    @Override
+    public void close() {
+        batch.close();
+        cache.close();
+    }
+}
