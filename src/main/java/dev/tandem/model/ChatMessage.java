@@ -1,0 +1,33 @@
+package dev.tandem.model;
+
+/**
+ * One turn of a conversation.
+ *
+ * @param role who speaks: {@code system}, {@code user}, {@code assistant}, or what else the model's template knows
+ * @param content what is said
+ */
+public record ChatMessage(String role, String content) {
+    /**
+     * @param content what is said
+     * @return a turn of the system
+     */
+    public static ChatMessage system(String content) {
+        return new ChatMessage("system", content);
+    }
+
+    /**
+     * @param content what is said
+     * @return a turn of the user
+     */
+    public static ChatMessage user(String content) {
+        return new ChatMessage("user", content);
+    }
+
+    /**
+     * @param content what is said
+     * @return a turn of the model
+     */
+    public static ChatMessage assistant(String content) {
+        return new ChatMessage("assistant", content);
+    }
+}
