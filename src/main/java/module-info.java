@@ -9,6 +9,7 @@ module dev.tandem {
     requires commons.math3;
     requires jdk.jfr;
 
+    exports dev.tandem;
     exports dev.tandem.device;
     exports dev.tandem.generation;
     exports dev.tandem.model;

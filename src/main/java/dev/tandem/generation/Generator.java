@@ -54,16 +54,17 @@ public final class Generator implements AutoCloseable {
         final Prompt prompt;
         final int sample;
         final float[] logprobs;
-        final @Nullable Consumer<String> listener;
+        final @Nullable TokenListener listener;
         final IncrementalDetokenizer detokenizer;
         final StopStrings stops;
         final StringBuilder shown = new StringBuilder();
         final boolean incremental;
+        String unsent = "";
         int count;
         long firstVersion = -1;
         long lastVersion;
 
-        Output(Prompt prompt, int sample, int capacity, @Nullable Consumer<String> listener) {
+        Output(Prompt prompt, int sample, int capacity, @Nullable TokenListener listener) {
             this.prompt = prompt;
             this.sample = sample;
             this.listener = listener;
@@ -81,8 +82,14 @@ public final class Generator implements AutoCloseable {
 
         void append(String piece) {
             shown.append(piece);
-            if (listener != null && !piece.isEmpty()) {
-                listener.accept(piece);
+            unsent += listener == null ? "" : piece;
+        }
+
+        /** Tells the listener of the token before the latest, or at the end of the latest, which may bring held back text. */
+        void send(int[] tokens, int index) {
+            if (listener != null && index >= 0) {
+                listener.accept(tokens[prompt.tokens().length + index], logprobs[index], unsent);
+                unsent = "";
             }
         }
 
@@ -179,11 +186,11 @@ public final class Generator implements AutoCloseable {
     /**
      * Queues a prompt.
      *
-     * @param listener given the text of the first sample piece by piece, or null
+     * @param listener told of the first sample's tokens one by one, or null
      * @return the request's number, for {@link #abort}
      * @throws IllegalArgumentException when the prompt can never run; the message has the numbers
      */
-    public long submit(Prompt prompt, @Nullable Consumer<String> listener) {
+    public long submit(Prompt prompt, @Nullable TokenListener listener) {
         cache.requireAwake();
         SamplingParams params = prompt.params();
         long[] keys = new long[params.n()];
@@ -200,6 +207,15 @@ public final class Generator implements AutoCloseable {
             slot = requests.nextSibling[slot];
         }
         return request;
+    }
+
+    /**
+     * Checks that a prompt can run.
+     *
+     * @throws IllegalArgumentException when it never can; the message has the numbers
+     */
+    public void validate(Prompt prompt) {
+        scheduler.validate(prompt.index(), prompt.tokens(), prompt.tokens().length, prompt.params());
     }
 
     /** Ends a request; its samples come out of the next step with what they have. */
@@ -299,6 +315,7 @@ public final class Generator implements AutoCloseable {
             }
             int slot = plan.sampleSlot[i];
             Output output = output(slot);
+            output.send(requests.tokens[slot], output.count - 1);
             output.logprobs[output.count++] = sampledLogprobs[i];
             output.lastVersion = weightVersion;
             output.firstVersion = output.firstVersion < 0 ? weightVersion : output.firstVersion;
@@ -324,9 +341,11 @@ public final class Generator implements AutoCloseable {
         int[] tokens = requests.tokens[slot];
         int count = requests.tokenCount[slot];
         Finish finish = requests.finish[slot];
+        String whole = output.wholeText(tokens, count);
+        output.send(tokens, output.count - 1);
         return new Completion(output.prompt.index(), output.sample, output.prompt.text(), output.prompt.tokens(),
                 Arrays.copyOfRange(tokens, output.prompt.tokens().length, count), Arrays.copyOf(output.logprobs, output.count),
-                output.wholeText(tokens, count), finish == null ? new Finish.Aborted() : finish,
+                whole, finish == null ? new Finish.Aborted() : finish,
                 Math.max(0, requests.cachedTokens[slot]),
                 new Completion.WeightVersions(output.firstVersion, output.lastVersion));
     }

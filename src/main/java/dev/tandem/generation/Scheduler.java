@@ -149,7 +149,7 @@ final class Scheduler {
         return slot;
     }
 
-    private int validate(long requestId, int[] tokens, int promptLength, SamplingParams params) {
+    int validate(long requestId, int[] tokens, int promptLength, SamplingParams params) {
         if (promptLength < 1) {
             throw new IllegalArgumentException("request " + requestId + ": the prompt is empty; it needs at least one token");
         }

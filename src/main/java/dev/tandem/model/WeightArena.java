@@ -5,6 +5,8 @@ import dev.tandem.device.Device;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
+import java.nio.file.Path;
+import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.Objects;
@@ -16,6 +18,8 @@ import java.util.Objects;
  * <p>Confined to the thread of its rank. The owner closes it.
  */
 public final class WeightArena implements AutoCloseable {
+    private static final long MAX_SHARD_BYTES = 5_000_000_000L;
+
     private final WeightLayout layout;
     private final Tensor flat;
     private final DType dtype;
@@ -132,6 +136,25 @@ public final class WeightArena implements AutoCloseable {
                 }
             }
         }
+    }
+
+    /**
+     * Writes weights and config as a Hugging Face folder, in shards of at most 5 GB. Files are complete or absent.
+     *
+     * @throws TandemException when the folder cannot be written
+     */
+    public void save(Path folder) {
+        List<SafetensorsWriter.Tensor> tensors = layout.places().stream()
+                .map(p -> new SafetensorsWriter.Tensor(p.spec().name(), dtype, p.spec().shape()))
+                .toList();
+        Map<String, WeightLayout.Place> byName = new HashMap<>();
+        layout.places().forEach(place -> byName.put(place.spec().name(), place));
+        layout.config().write(folder, dtype);
+        SafetensorsWriter.writeFolder(folder, tensors, MAX_SHARD_BYTES, (name, sink) -> {
+            try (Scope scope = Scope.open()) {
+                sink.write(view(Objects.requireNonNull(byName.get(name))).on(Device.cpu()).contiguous().memory());
+            }
+        });
     }
 
     /** Copies all weights of another arena with the same layout, converting type and device. */

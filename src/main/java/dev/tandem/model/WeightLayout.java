@@ -140,6 +140,16 @@ public final class WeightLayout {
         return groups.subList(1, groups.size() - 1).stream().mapToLong(Group::length).max().orElse(0);
     }
 
+    /** {@return the length of the embedding group, in elements} */
+    public long embeddingLength() {
+        return groups.getFirst().length();
+    }
+
+    /** {@return the length of the head group, in elements} */
+    public long headLength() {
+        return groups.getLast().length();
+    }
+
     List<Place> places() {
         return places;
     }

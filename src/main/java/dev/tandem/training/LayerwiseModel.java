@@ -11,6 +11,7 @@ import dev.tandem.model.ParameterRole;
 import dev.tandem.model.Positions;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
+import dev.tandem.model.WeightLayout;
 import java.util.ArrayList;
 import java.util.List;
 import org.jspecify.annotations.Nullable;
@@ -271,12 +272,13 @@ final class LayerwiseModel implements AutoCloseable {
             headBucket = Tensor.empty(device, arena.dtype(), arena.head().length()).keep();
             embeddingBucket = Tensor.empty(device, DType.FLOAT32, arena.embedding().length()).keep();
         }
-        bucketBytes = bucketBytes(arena.layout().longestLayer() + arena.head().length(), arena.embedding().length());
+        bucketBytes = bucketBytes(arena.layout(), arena.dtype());
         memory.add(Use.GRADIENTS, bucketBytes);
     }
 
-    private long bucketBytes(long typed, long single) {
-        return typed * arena.dtype().bytes() + single * Float.BYTES;
+    /** The bytes of the buckets in which a group's gradients are collected before they are reduced. */
+    static long bucketBytes(WeightLayout layout, DType dtype) {
+        return (layout.longestLayer() + layout.headLength()) * dtype.bytes() + layout.embeddingLength() * Float.BYTES;
     }
 
     private static Tensor zeroed(@Nullable Tensor bucket) {

@@ -120,12 +120,6 @@ public final class RankTrainer implements AutoCloseable {
         model.releaseBuckets();
     }
 
-    /** {@return the bytes of optimizer state and gradient shard that training holds on this rank} */
-    public long stateBytes() {
-        long length = arena.layout().length() / collectives.size();
-        return length * Float.BYTES * (arena.dtype() == DType.FLOAT32 ? 3 : 4);
-    }
-
     @Override
     public void close() {
         model.close();

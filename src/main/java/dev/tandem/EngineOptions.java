@@ -1,0 +1,84 @@
+package dev.tandem;
+
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.generation.GeneratorOptions;
+import dev.tandem.training.TrainerOptions;
+import java.time.Duration;
+import java.util.List;
+
+/**
+ * How to open an engine.
+ *
+ * @param devices one rank for each
+ * @param dtype of the weights in memory: FLOAT32 or BFLOAT16
+ * @param memoryLimit most bytes that one rank may hold, or 0 to take an even share of what the machine has available
+ * @param kvBytes bytes of the KV cache of each rank, or 0 to let the plan choose
+ * @param seed of random weights, and of sampling where a request brings none
+ * @param timeLimit how long a rank waits for the others
+ * @param generation how ranks generate
+ * @param training how ranks train
+ */
+public record EngineOptions(List<Device> devices, DType dtype, long memoryLimit, long kvBytes, long seed, Duration timeLimit,
+        GeneratorOptions generation, TrainerOptions training) {
+
+    /** Checks the numbers. */
+    public EngineOptions {
+        devices = List.copyOf(devices);
+        if (devices.isEmpty()) {
+            throw new IllegalArgumentException("EngineOptions.devices: at least one device is needed");
+        }
+        if (memoryLimit < 0 || kvBytes < 0) {
+            throw new IllegalArgumentException("EngineOptions: memory sizes must not be negative");
+        }
+        if (timeLimit.isNegative() || timeLimit.isZero()) {
+            throw new IllegalArgumentException("EngineOptions.timeLimit must be positive: " + timeLimit);
+        }
+    }
+
+    /** {@return one CPU rank, FLOAT32, sizes from the plan, 10 minutes' patience} */
+    public static EngineOptions defaults() {
+        return new EngineOptions(List.of(Device.cpu()), DType.FLOAT32, 0, 0, 0, Duration.ofMinutes(10),
+                GeneratorOptions.defaults(), TrainerOptions.defaults());
+    }
+
+    /** {@return these options on other devices} */
+    public EngineOptions devices(Device... value) {
+        return new EngineOptions(List.of(value), dtype, memoryLimit, kvBytes, seed, timeLimit, generation, training);
+    }
+
+    /** {@return these options with weights of another type} */
+    public EngineOptions dtype(DType value) {
+        return new EngineOptions(devices, value, memoryLimit, kvBytes, seed, timeLimit, generation, training);
+    }
+
+    /** {@return these options with a bound of each rank's memory, in bytes} */
+    public EngineOptions memoryLimit(long value) {
+        return new EngineOptions(devices, dtype, value, kvBytes, seed, timeLimit, generation, training);
+    }
+
+    /** {@return these options with a KV cache of that many bytes on each rank} */
+    public EngineOptions kvBytes(long value) {
+        return new EngineOptions(devices, dtype, memoryLimit, value, seed, timeLimit, generation, training);
+    }
+
+    /** {@return these options with another seed} */
+    public EngineOptions seed(long value) {
+        return new EngineOptions(devices, dtype, memoryLimit, kvBytes, value, timeLimit, generation, training);
+    }
+
+    /** {@return these options with another time limit} */
+    public EngineOptions timeLimit(Duration value) {
+        return new EngineOptions(devices, dtype, memoryLimit, kvBytes, seed, value, generation, training);
+    }
+
+    /** {@return these options with other generation options} */
+    public EngineOptions generation(GeneratorOptions value) {
+        return new EngineOptions(devices, dtype, memoryLimit, kvBytes, seed, timeLimit, value, training);
+    }
+
+    /** {@return these options with other training options} */
+    public EngineOptions training(TrainerOptions value) {
+        return new EngineOptions(devices, dtype, memoryLimit, kvBytes, seed, timeLimit, generation, value);
+    }
+}

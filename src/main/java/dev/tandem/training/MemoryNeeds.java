@@ -1,0 +1,23 @@
+package dev.tandem.training;
+
+import dev.tandem.device.DType;
+import dev.tandem.model.WeightLayout;
+
+/**
+ * The bytes that training holds on each rank beside the weights.
+ *
+ * @param optimizer moments, and masters in a bfloat16 arena: these stay between training phases
+ * @param gradients the rank's slice, and the buckets that are being reduced
+ * @param activations of one micro-batch
+ */
+public record MemoryNeeds(long optimizer, long gradients, long activations) {
+    /** {@return the needs of a rank} */
+    public static MemoryNeeds of(WeightLayout layout, DType dtype, TrainerOptions options) {
+        long slice = layout.length() / layout.shards() * Float.BYTES;
+        long buckets = LayerwiseModel.bucketBytes(layout, dtype);
+        int tokens = options.microBatchTokens();
+        int recorded = options.recordedLayers(layout.config(), tokens, dtype);
+        return new MemoryNeeds(slice * (dtype == DType.FLOAT32 ? 2 : 3), slice + buckets,
+                options.activationBytes(layout.config(), tokens, dtype, recorded));
+    }
+}
