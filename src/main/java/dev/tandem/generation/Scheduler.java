@@ -379,7 +379,7 @@ final class Scheduler {
         if (last) {
             plan.addSample(row, slot, requests.epoch[slot]);
             requests.pending[slot]++;
-            if (parkedCount > 0) {
+            if (parkedCount > 0 && requests.leader[slot] == slot) {
                 forkSiblings(plan, row, slot);
             }
         }
