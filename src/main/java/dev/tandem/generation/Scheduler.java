@@ -41,6 +41,7 @@ final class Scheduler {
     /** Given to {@link #complete} instead of a token: the logits were not finite. */
     static final int NON_FINITE = -1;
 
+    private static final int[] NO_TOKENS = {};
     private static final Finish EOS = new Finish.Eos();
     private static final Finish LENGTH = new Finish.Length();
     private static final Finish CONTEXT_LENGTH = new Finish.ContextLength();
@@ -181,15 +182,16 @@ final class Scheduler {
         return limit;
     }
 
-    /** Tokens that end the request; shared arrays where they can be, because this runs once per request. */
+    /** Tokens that end the request. The array is shared unless the request has stop tokens of its own. */
     private int[] stopIds(SamplingParams params) {
+        int[] common = params.ignoreEos() ? NO_TOKENS : eosIds;
         List<Integer> own = params.stopTokenIds();
-        if (own.isEmpty() && !params.ignoreEos()) {
-            return eosIds;
+        if (own.isEmpty()) {
+            return common;
         }
-        int[] ids = Arrays.copyOf(params.ignoreEos() ? new int[0] : eosIds, own.size() + (params.ignoreEos() ? 0 : eosIds.length));
+        int[] ids = Arrays.copyOf(common, common.length + own.size());
         for (int i = 0; i < own.size(); i++) {
-            ids[ids.length - own.size() + i] = own.get(i);
+            ids[common.length + i] = own.get(i);
         }
         return ids;
     }
