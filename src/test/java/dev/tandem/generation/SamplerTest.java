@@ -304,7 +304,7 @@ class SamplerTest {
             }
             least = Math.min(least, threads.getThreadAllocatedBytes(thread) - before);
         }
-        assertEquals(0, least, 200, "bytes allocated by 400 draws");
+        assertEquals(0, least, "bytes allocated by 400 draws");
     }
 
     @Test

@@ -491,7 +491,7 @@ class SchedulerTest {
             }
             least = Math.min(least, threads.getThreadAllocatedBytes(thread) - before);
         }
-        assertEquals(0, least, 200, "bytes allocated by 200 steps of 256 requests");
+        assertEquals(0, least, "bytes allocated by 200 steps of 256 requests");
         assertTrue(pool.freeCount() < 4096);
     }
 
