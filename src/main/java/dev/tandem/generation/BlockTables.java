@@ -26,7 +26,8 @@ final class BlockTables {
     private final int[] copySource;
     private final int[] copyTarget;
     private final int[] copySlot;
-    private final int[] copyEpoch;
+    /** The step whose forward pass fills the source. */
+    private final long[] copyStep;
     private int copyCount;
 
     BlockTables(RequestTable requests, BlockPool pool, boolean prefixCaching, int maxRunning) {
@@ -36,7 +37,7 @@ final class BlockTables {
         copySource = new int[maxRunning];
         copyTarget = new int[maxRunning];
         copySlot = new int[maxRunning];
-        copyEpoch = new int[maxRunning];
+        copyStep = new long[maxRunning];
     }
 
     /**
@@ -96,9 +97,10 @@ final class BlockTables {
      * {@code length} tokens.
      *
      * @param prompt tokens that are computed once the step being scheduled has run
+     * @param step that step
      * @return false, with nothing changed, if fewer than the missing blocks and {@code keepFree} are free
      */
-    boolean fork(int from, int to, int prompt, int length, int keepFree) {
+    boolean fork(int from, int to, int prompt, int length, int keepFree, long step) {
         int full = prompt / pool.blockSize();
         int missing = pool.blocksFor(length) - full;
         if (missing > pool.freeCount() - keepFree) {
@@ -119,7 +121,7 @@ final class BlockTables {
             copySource[copyCount] = source[full];
             copyTarget[copyCount] = table[full];
             copySlot[copyCount] = to;
-            copyEpoch[copyCount++] = requests.epoch[to];
+            copyStep[copyCount++] = step;
         }
         return true;
     }
@@ -140,7 +142,10 @@ final class BlockTables {
         }
     }
 
-    /** Gives a slot's blocks back, last one first: now, or when the step that uses them completes. */
+    /**
+     * Gives a slot's blocks back, last one first: now, or when the step that uses them completes. A copy that is queued for the slot
+     * is forgotten.
+     */
     void release(int slot) {
         long fence = requests.lastStep[slot];
         int[] table = requests.blocks[slot];
@@ -149,6 +154,7 @@ final class BlockTables {
         }
         requests.blockCount[slot] = 0;
         requests.hashedBlocks[slot] = 0;
+        dropCopy(slot);
     }
 
     private void release(int block, long fence) {
@@ -188,43 +194,35 @@ final class BlockTables {
         return count;
     }
 
-    /** Forgets queued copies whose owner has ended or was preempted. */
-    void dropStaleCopies() {
-        int kept = 0;
+    /** Forgets the queued copy of a slot that ends or is preempted. */
+    private void dropCopy(int slot) {
         for (int i = 0; i < copyCount; i++) {
-            if (copyEpoch[i] != requests.epoch[copySlot[i]]) {
+            if (copySlot[i] == slot) {
                 release(copySource[i], completedStep);
-                continue;
+                copyCount--;
+                System.arraycopy(copySource, i + 1, copySource, i, copyCount - i);
+                System.arraycopy(copyTarget, i + 1, copyTarget, i, copyCount - i);
+                System.arraycopy(copySlot, i + 1, copySlot, i, copyCount - i);
+                System.arraycopy(copyStep, i + 1, copyStep, i, copyCount - i);
+                return;
             }
-            copySource[kept] = copySource[i];
-            copyTarget[kept] = copyTarget[i];
-            copySlot[kept] = copySlot[i];
-            copyEpoch[kept++] = copyEpoch[i];
         }
-        copyCount = kept;
     }
 
-    /** {@return the number of queued copies} Those queued before a step is planned are the ones it runs. */
-    int queuedCopies() {
-        return copyCount;
-    }
-
-    /** Makes the {@code due} oldest queued copies part of a step, but for those whose owner was preempted while it was planned. */
-    void planCopies(StepPlan plan, int due) {
-        for (int i = 0; i < due; i++) {
-            if (copyEpoch[i] != requests.epoch[copySlot[i]]) {
-                release(copySource[i], completedStep);
-                continue;
-            }
-            plan.addCopy(copySource[i], copyTarget[i]);
-            release(copySource[i], plan.step);
-            requests.lastStep[copySlot[i]] = plan.step; // this step writes the slot's block, whether or not it has a row
+    /** Makes the copies that earlier steps queued part of this one. Forks of the step itself stay queued for the next. */
+    void planCopies(StepPlan plan) {
+        int due = 0;
+        while (due < copyCount && copyStep[due] < plan.step) {
+            plan.addCopy(copySource[due], copyTarget[due]);
+            release(copySource[due], plan.step);
+            requests.lastStep[copySlot[due]] = plan.step; // this step writes the slot's block, whether or not it has a row
+            due++;
         }
         copyCount -= due;
         System.arraycopy(copySource, due, copySource, 0, copyCount);
         System.arraycopy(copyTarget, due, copyTarget, 0, copyCount);
         System.arraycopy(copySlot, due, copySlot, 0, copyCount);
-        System.arraycopy(copyEpoch, due, copyEpoch, 0, copyCount);
+        System.arraycopy(copyStep, due, copyStep, 0, copyCount);
     }
 
     /** {@return references held by no table: fenced blocks and sources of queued copies} Used by tests. */

@@ -65,7 +65,7 @@ final class RequestTable {
     /** Prefix identity of the last of them. */
     long[] chain = new long[0];
 
-    /** The next sample of the same group, or {@link #NONE}. */
+    /** The next sample of the same group, or {@link #NONE}. Valid from the group's first sample, while that holds its slot. */
     int[] nextSibling = new int[0];
     /** First sample of the group. */
     int[] leader = new int[0];
@@ -113,7 +113,7 @@ final class RequestTable {
         free[freeCount++] = slot;
     }
 
-    /** A reused slot must not stay in the chain of its former group. */
+    /** A reused slot must not stay in the chain of its former group. If the group's first sample is gone, nobody follows it. */
     private void unlink(int slot) {
         int before = leader[slot];
         while (before != NONE && nextSibling[before] != slot) {

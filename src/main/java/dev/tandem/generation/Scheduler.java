@@ -41,6 +41,7 @@ final class Scheduler {
     /** Given to {@link #complete} instead of a token: the logits were not finite. */
     static final int NON_FINITE = -1;
 
+    private static final int[] NO_TOKENS = {};
     private static final Finish EOS = new Finish.Eos();
     private static final Finish LENGTH = new Finish.Length();
     private static final Finish CONTEXT_LENGTH = new Finish.ContextLength();
@@ -159,7 +160,9 @@ final class Scheduler {
                         + " is outside the vocabulary of " + options.vocabularySize() + " tokens");
             }
         }
-        for (int id : params.stopTokenIds()) {
+        List<Integer> stops = params.stopTokenIds();
+        for (int i = 0; i < stops.size(); i++) { // an iterator would be garbage
+            int id = stops.get(i);
             if (id >= options.vocabularySize()) {
                 throw new IllegalArgumentException("request " + requestId + ": stop token id " + id
                         + " is outside the vocabulary of " + options.vocabularySize() + " tokens");
@@ -179,15 +182,16 @@ final class Scheduler {
         return limit;
     }
 
-    /** Tokens that end the request; shared arrays where they can be, because this runs once per request. */
+    /** Tokens that end the request. The array is shared unless the request has stop tokens of its own. */
     private int[] stopIds(SamplingParams params) {
+        int[] common = params.ignoreEos() ? NO_TOKENS : eosIds;
         List<Integer> own = params.stopTokenIds();
-        if (own.isEmpty() && !params.ignoreEos()) {
-            return eosIds;
+        if (own.isEmpty()) {
+            return common;
         }
-        int[] ids = Arrays.copyOf(params.ignoreEos() ? new int[0] : eosIds, own.size() + (params.ignoreEos() ? 0 : eosIds.length));
+        int[] ids = Arrays.copyOf(common, common.length + own.size());
         for (int i = 0; i < own.size(); i++) {
-            ids[ids.length - own.size() + i] = own.get(i);
+            ids[common.length + i] = own.get(i);
         }
         return ids;
     }
@@ -210,8 +214,8 @@ final class Scheduler {
      * Plans the next step. See {@link StepPlan} for how it is executed. Must not be called while the KV memory is unmapped.
      *
      * @param plan overwritten; a plan that is in flight must not be passed
-     * @return false if there is nothing to compute now: everything has finished ({@link #hasWork} is false), or all running
-     *     samples wait for a step in flight. Then the plan is empty and must be neither executed nor completed.
+     * @return false if there is nothing to compute now: everything has finished ({@link #hasWork} is false), or everything waits
+     *     for a step in flight. Then the plan is empty and must be neither executed nor completed.
      * @throws IllegalStateException if {@value #MAX_IN_FLIGHT} steps are in flight already
      */
     boolean schedule(StepPlan plan) {
@@ -220,18 +224,17 @@ final class Scheduler {
                     + " are in flight; complete the first before scheduling another");
         }
         plan.begin(scheduledStep + 1);
-        int dueCopies = tables.queuedCopies();
         lackedBlocks = false;
         int budget = continueRunning(plan, options.tokenBudget(), true);
         budget = continueRunning(plan, budget, false);
+        compactRunning(); // a sample may be preempted and admitted again in one call
         admitWaiting(plan, budget);
-        compactRunning();
         if (plan.rowCount == 0) {
             plan.begin(0);
             return false;
         }
         scheduledStep = plan.step;
-        tables.planCopies(plan, dueCopies);
+        tables.planCopies(plan);
         return true;
     }
 
@@ -266,6 +269,7 @@ final class Scheduler {
             }
             if (!others) {
                 end(slot, KV_CAPACITY);
+                lackedBlocks = false; // nobody else runs, and what it held is free
                 return false;
             }
             preempt(victim);
@@ -322,15 +326,14 @@ final class Scheduler {
     }
 
     private void admitWaiting(StepPlan plan, int budget) {
-        int next;
-        for (int slot = waiting.first(); slot != NONE && budget > 0 && canAdmit(); slot = next) {
+        // The head is read anew each time, because siblings may join at the front.
+        for (int slot = waiting.first(); slot != NONE && budget > 0 && canAdmit(); slot = waiting.first()) {
             int count = requests.tokenCount[slot];
             int found = tables.admit(slot, reservation(slot, count), watermark());
             if (found < 0) {
                 if (runningCount > 0 || inFlight() > 0) {
-                    break;
+                    return;
                 }
-                next = waiting.next(slot);
                 end(slot, KV_CAPACITY); // the pool has shrunk below what this sample needs
                 continue;
             }
@@ -339,7 +342,6 @@ final class Scheduler {
             int granted = Math.min(Math.min(count - found, options.prefillThreshold()), budget);
             grant(plan, slot, granted);
             budget -= granted;
-            next = waiting.first(); // siblings that could not be forked may have joined
         }
     }
 
@@ -379,7 +381,7 @@ final class Scheduler {
         if (last) {
             plan.addSample(row, slot, requests.epoch[slot]);
             requests.pending[slot]++;
-            if (parkedCount > 0) {
+            if (parkedCount > 0 && requests.leader[slot] == slot) {
                 forkSiblings(plan, row, slot);
             }
         }
@@ -392,7 +394,7 @@ final class Scheduler {
                 continue;
             }
             parkedCount--;
-            if (!canAdmit() || !tables.fork(first, slot, prompt, reservation(slot, prompt), watermark())) {
+            if (!canAdmit() || !tables.fork(first, slot, prompt, reservation(slot, prompt), watermark(), plan.step)) {
                 requests.state[slot] = State.WAITING;
                 waiting.insert(slot);
                 continue;
@@ -423,7 +425,6 @@ final class Scheduler {
             plan.accepted[i] = plan.sampleEpoch[i] == requests.epoch[slot] && append(slot, sampledTokens[i]);
         }
         compactRunning();
-        tables.dropStaleCopies();
     }
 
     private boolean append(int slot, int token) {
@@ -474,7 +475,6 @@ final class Scheduler {
         }
         end(slot, reason);
         compactRunning();
-        tables.dropStaleCopies();
         return true;
     }
 
@@ -566,7 +566,6 @@ final class Scheduler {
             }
         }
         compactRunning();
-        tables.dropStaleCopies();
     }
 
     /**

@@ -24,10 +24,6 @@ final class WaitingQueue {
         return first;
     }
 
-    int next(int slot) {
-        return requests.queueNext[slot];
-    }
-
     void insert(int slot) {
         long arrival = requests.arrival[slot];
         int before = NONE;

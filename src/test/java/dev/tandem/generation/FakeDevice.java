@@ -72,7 +72,10 @@ final class FakeDevice {
             int slot = step.plan.sampleSlot[i];
             if (step.plan.accepted[i]) {
                 require(requests.tokenCount[slot] == step.plan.samplePosition[i] + 1
-                        && requests.tokens[slot][step.plan.samplePosition[i]] == sampled[i], "a token was appended elsewhere");
+                        && requests.tokens[slot][step.plan.samplePosition[i]] == sampled[i],
+                        "slot " + slot + ": a token of position " + step.plan.samplePosition[i] + " was appended, now "
+                                + requests.tokenCount[slot] + " tokens, prompt " + requests.promptLength[slot] + " limit "
+                                + requests.limit[slot] + ", pair " + i + " of " + step.plan.sampleCount);
             }
         }
         return step.plan;
