@@ -11,7 +11,7 @@ import java.util.Set;
 /** jinja2's filters: what may follow {@code |}. Those that are lazy in Python give lists here. */
 final class TemplateFilters {
     static final Set<String> NAMES = Set.of("trim", "tojson", "length", "count", "string", "upper", "lower", "capitalize", "default", "d",
-            "join", "replace", "items", "first", "last", "list", "reverse", "selectattr", "rejectattr", "map", "int", "safe");
+            "join", "replace", "items", "first", "last", "list", "reverse", "select", "reject", "selectattr", "rejectattr", "map", "int", "safe");
 
     private TemplateFilters() {}
 
@@ -47,8 +47,7 @@ final class TemplateFilters {
             }
             case "list" -> elements(value, budget);
             case "reverse" -> reverse(value, budget);
-            case "selectattr" -> select(filter, true, value, arguments, budget);
-            case "rejectattr" -> select(filter, false, value, arguments, budget);
+            case "select", "selectattr", "reject", "rejectattr" -> select(filter, value, arguments, budget);
             case "map" -> map(value, arguments, budget);
             case "int" -> integer(value, arguments);
             default -> throw new TemplateFailure("unknown filter '" + StrictJson.brief(filter) + "'");
@@ -91,12 +90,14 @@ final class TemplateFilters {
         return elements;
     }
 
-    private static Object select(String filter, boolean wanted, Object value, TemplateArguments arguments, TemplateBudget budget) {
-        String attribute = arguments.text(0, "attribute");
-        List<Object> rest = arguments.rest(1);
+    /** Keeps the elements (or those whose attribute) pass a test, or fail it; without a test, those that are true. */
+    private static Object select(String filter, Object value, TemplateArguments arguments, TemplateBudget budget) {
+        boolean wanted = filter.startsWith("select");
+        String attribute = filter.endsWith("attr") ? arguments.text(0, "attribute") : null;
+        List<Object> rest = arguments.rest(attribute == null ? 0 : 1);
         List<Object> selected = new ArrayList<>();
         for (Object element : elements(value, budget)) {
-            Object found = attribute(element, attribute);
+            Object found = attribute == null ? element : attribute(element, attribute);
             boolean passes;
             if (rest.isEmpty()) {
                 passes = TemplateValues.truth(found);

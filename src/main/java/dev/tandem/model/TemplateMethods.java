@@ -158,7 +158,7 @@ final class TemplateMethods {
             case "keys" -> new ArrayList<>(map.keySet());
             case "values" -> new ArrayList<>(map.values());
             case "get" -> {
-                Object found = map.get(arguments.required(0, "key"));
+                Object found = TemplateValues.field(map, arguments.required(0, "key"));
                 Object otherwise = arguments.take(1, "default", TemplateValues.NONE);
                 yield found == null ? otherwise : found;
             }

@@ -113,8 +113,8 @@ final class TemplateOperators {
     /** {@code object[key]}: what is not there is undefined, as in jinja2. */
     static Object item(Object object, Object key) {
         Object found = switch (object) {
-            case Map<?, ?> map -> map.get(key);
-            case TemplateValues.Namespace namespace -> namespace.attributes().get(key);
+            case Map<?, ?> map -> TemplateValues.field(map, key);
+            case TemplateValues.Namespace namespace -> TemplateValues.field(namespace.attributes(), key);
             case List<?> list when TemplateValues.number(key) instanceof Long index -> {
                 long at = index < 0 ? index + list.size() : index;
                 yield at >= 0 && at < list.size() ? list.get((int) at) : null;

@@ -28,6 +28,9 @@ final class TemplateRenderer {
         }
     }
 
+    /** A function that is named but not called: templates ask whether {@code strftime_now} is defined. */
+    private record Function(String name) {}
+
     private record Macro(TemplateStatement.Macro definition, Scope scope) {}
 
     /** What {@code loop} is inside a loop. */
@@ -219,6 +222,9 @@ final class TemplateRenderer {
             case TemplateExpression.Literal literal -> literal.value();
             case TemplateExpression.Name name -> {
                 Object found = lookUp(name.name());
+                if (found == null && TemplateFunctions.NAMES.contains(name.name())) {
+                    yield new Function(name.name());
+                }
                 yield found == null ? new Undefined("'" + name.name() + "'") : found;
             }
             case TemplateExpression.Listing listing -> {

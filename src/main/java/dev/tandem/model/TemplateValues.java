@@ -11,7 +11,8 @@ import org.jspecify.annotations.Nullable;
 
 /**
  * The values of a chat template, and Python's rules for them: String, Long, Double, Boolean, List, {@link Tuple}, Map, {@link #NONE},
- * {@link Undefined}, {@link Namespace}; beside these only a loop's state and macros.
+ * {@link Undefined}, {@link Namespace}; beside these only a loop's state,
+ * functions and macros.
  */
 final class TemplateValues {
     private static final int DEEPEST = 100;
@@ -103,7 +104,7 @@ final class TemplateValues {
             case Map<?, ?> map -> "a mapping";
             case Namespace namespace -> "a namespace";
             case Undefined undefined -> "undefined";
-            default -> value == NONE ? "none" : "a loop or macro";
+            default -> value == NONE ? "none" : "a loop, function or macro";
         };
     }
 
@@ -213,10 +214,15 @@ final class TemplateValues {
         return switch (container) {
             case String text when element instanceof String part -> text.contains(part);
             case List<?> list -> list.stream().anyMatch(each -> equal(each, element));
-            case Map<?, ?> map -> map.containsKey(element);
+            case Map<?, ?> map -> field(map, element) != null;
             case Undefined undefined -> false;
             default -> throw unsupported("in", element, container);
         };
+    }
+
+    /** The value of a key; only scalars are keys, and asking a deeply nested list for its hash would end the stack. */
+    static @Nullable Object field(Map<?, ?> map, Object key) {
+        return key instanceof String || isNumber(key) || key == NONE ? map.get(key) : null;
     }
 
     /** What a loop runs over: elements, keys, or characters. */
