@@ -5,7 +5,7 @@ package dev.tandem.model;
  * string until memory ends. The limits are far above what a conversation of a million tokens needs.
  */
 final class TemplateBudget {
-    private static final long MOST_STEPS = 50_000_000;
+    private static final long MOST_STEPS = 20_000_000;
     private static final long MOST_CHARACTERS = 256 << 20;
     private static final int DEEPEST = 400;
     /** What an element of a list is charged. */

@@ -11,6 +11,8 @@ import java.nio.file.StandardCopyOption;
 import java.util.Arrays;
 import java.util.List;
 import java.util.Map;
+import java.util.logging.Level;
+import java.util.logging.Logger;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -25,7 +27,14 @@ public final class Tokenizer implements AutoCloseable {
     static final String FILE = "tokenizer.json";
     private static final long LARGEST = 256 << 20;
 
+    /** Held, because a logger that nobody holds forgets its level. */
+    private static final Logger LIBRARY_LOGGER = Logger.getLogger("ai.djl");
+
     static {
+        // It announces on the console that it unpacks its native code, unless the application has asked to hear that.
+        if (LIBRARY_LOGGER.getLevel() == null) {
+            LIBRARY_LOGGER.setLevel(Level.WARNING);
+        }
         // The library reports each loaded engine to its makers unless told not to.
         System.setProperty("OPT_OUT_TRACKING", "true");
     }
