@@ -10,12 +10,13 @@ import java.util.List;
 import java.util.SequencedSet;
 
 /**
- * Writes a character-level tokenizer in the format of Hugging Face's library: a BPE model without merges, which leaves every character
- * alone, decoded by joining the pieces. Both Tandem and transformers open it.
+ * Writes a character-level tokenizer in the format of Hugging Face's library: a BPE model without merges, which
+ * leaves every character alone, decoded by joining the pieces. Both Tandem and transformers open it.
  */
 final class CharacterTokenizer {
     private static final String TEMPLATE = """
-            {% for message in messages %}{{ bos_token + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}\
+            {% for message in messages %}\
+            {{ bos_token + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}{% endfor %}\
             {% if add_generation_prompt %}{{ bos_token + 'assistant\\n' }}{% endif %}""";
 
     private CharacterTokenizer() {}
@@ -26,22 +27,24 @@ final class CharacterTokenizer {
         SequencedSet<String> all = new LinkedHashSet<>(special);
         alphabet.codePoints().forEach(c -> all.add(Character.toString(c)));
         if (all.size() < special.size() + alphabet.codePointCount(0, alphabet.length()) || special.contains("")) {
-            throw new IllegalArgumentException("A character tokenizer's alphabet and special tokens must be distinct and not empty,"
-                    + " found alphabet \"" + alphabet + "\" and special tokens " + special);
+            throw new IllegalArgumentException("A character tokenizer's alphabet and special tokens must be distinct"
+                    + " and not empty, found alphabet \"" + alphabet + "\" and special tokens " + special);
         }
         JsonObject vocabulary = new JsonObject();
         JsonArray added = new JsonArray();
         all.forEach(token -> vocabulary.addProperty(token, vocabulary.size()));
         special.forEach(token -> {
             JsonObject entry = JsonParser.parseString("""
-                    {"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}""").getAsJsonObject();
+                    {"single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}
+                    """).getAsJsonObject();
             entry.addProperty("id", vocabulary.get(token).getAsInt());
             entry.addProperty("content", token);
             added.add(entry);
         });
         JsonObject model = JsonParser.parseString("""
-                {"type": "BPE", "dropout": null, "unk_token": "<pad>", "continuing_subword_prefix": null, "end_of_word_suffix": null,
-                 "fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "merges": []}""").getAsJsonObject();
+                {"type": "BPE", "dropout": null, "unk_token": "<pad>", "continuing_subword_prefix": null,
+                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                 "merges": []}""").getAsJsonObject();
         model.add("vocab", vocabulary);
         JsonObject tokenizer = new JsonObject();
         tokenizer.addProperty("version", "1.0");
@@ -55,8 +58,8 @@ final class CharacterTokenizer {
         tokenizer.add("model", model);
         AtomicFile.write(folder.resolve(Tokenizer.FILE), StrictJson.print(tokenizer));
         JsonObject settings = JsonParser.parseString("""
-                {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>",
-                 "clean_up_tokenization_spaces": false}""").getAsJsonObject();
+                {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<bos>",
+                 "eos_token": "<eos>", "clean_up_tokenization_spaces": false}""").getAsJsonObject();
         settings.addProperty("chat_template", TEMPLATE);
         AtomicFile.write(folder.resolve(TokenizerSettings.FILE), StrictJson.print(settings));
     }

@@ -8,8 +8,8 @@ import java.util.Map;
 import java.util.Set;
 
 /**
- * A Hugging Face model folder, opened once and checked as a whole: that the weights are those of the config, and that the tokenizer makes
- * no id that the model lacks.
+ * A Hugging Face model folder, opened once and checked as a whole: that the weights are those of the config, and that
+ * the tokenizer makes no id that the model lacks.
  *
  * <p>{@link #close} closes tokenizer and weights.
  */
@@ -40,7 +40,8 @@ public final class ModelFolder implements AutoCloseable {
      */
     public static ModelFolder open(Path path) {
         if (!Files.isDirectory(path)) {
-            throw new ModelFormatException(path + ": expected a folder with config.json, *.safetensors and tokenizer.json, found "
+            throw new ModelFormatException(path
+                    + ": expected a folder with config.json, *.safetensors and tokenizer.json, found "
                     + (Files.exists(path) ? "a file" : "nothing"));
         }
         ModelConfig config = ModelConfig.read(path);
@@ -48,8 +49,10 @@ public final class ModelFolder implements AutoCloseable {
         Tokenizer tokenizer = Tokenizer.open(path);
         try {
             if (tokenizer.vocabSize() > config.vocabSize()) {
-                throw new ModelFormatException(path + ": tokenizer.json has token ids up to " + (tokenizer.vocabSize() - 1)
-                        + ", but config.json has vocab_size " + config.vocabSize() + "; the tokenizer belongs to another model");
+                throw new ModelFormatException(path + ": tokenizer.json has token ids up to "
+                        + (tokenizer.vocabSize() - 1)
+                        + ", but config.json has vocab_size " + config.vocabSize()
+                                + "; the tokenizer belongs to another model");
             }
             Safetensors weights = Safetensors.open(path);
             try {
@@ -90,7 +93,10 @@ public final class ModelFolder implements AutoCloseable {
         return weights;
     }
 
-    /** {@return the tensor of each parameter, by {@link ParameterSpec#name}, in the order of {@link ModelConfig#parameters}} */
+    /**
+     * {@return the tensor of each parameter, by {@link ParameterSpec#name}, in the order of {@link
+     * ModelConfig#parameters}}
+     */
     public Map<String, TensorEntry> tensors() {
         return tensors;
     }

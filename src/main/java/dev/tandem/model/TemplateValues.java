@@ -10,9 +10,8 @@ import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The values of a chat template, and Python's rules for them: String, Long, Double, Boolean, List, {@link Tuple}, Map, {@link #NONE},
- * {@link Undefined}, {@link Namespace}; beside these only a loop's state,
- * functions and macros.
+ * The values of a chat template, and Python's rules for them: String, Long, Double, Boolean, List, {@link Tuple},
+ * Map, {@link #NONE}, {@link Undefined}, {@link Namespace}; beside these only a loop's state, functions and macros.
  */
 final class TemplateValues {
     private static final int DEEPEST = 100;
@@ -89,7 +88,8 @@ final class TemplateValues {
                 collection.forEach(element -> elements.add(of(element, depth + 1)));
                 yield elements;
             }
-            default -> throw new IllegalArgumentException("A chat template's variables are strings, numbers, booleans, lists and maps;"
+            default -> throw new IllegalArgumentException("A chat template's variables are strings, numbers,"
+                    + " booleans, lists and maps;"
                     + " found " + value.getClass().getName());
         };
     }
@@ -155,7 +155,8 @@ final class TemplateValues {
             }
             return true;
         }
-        return left instanceof Undefined && right instanceof Undefined || left instanceof String && left.equals(right) || left == right;
+        return left == right || (left instanceof Undefined && right instanceof Undefined)
+                || (left instanceof String && left.equals(right));
     }
 
     static boolean isNumber(Object value) {
@@ -207,7 +208,8 @@ final class TemplateValues {
             return undefined.failure();
         }
         return right instanceof Undefined undefined ? undefined.failure()
-                : new TemplateFailure("'" + operator + "' is not supported between " + typeName(left) + " and " + typeName(right));
+                : new TemplateFailure("'" + operator + "' is not supported between " + typeName(left) + " and "
+                        + typeName(right));
     }
 
     static boolean contains(Object container, Object element) {

@@ -16,12 +16,15 @@ import java.util.logging.Logger;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Text to token ids and back, as {@code tokenizer.json} says, with the special tokens and the chat template of the files beside it.
+ * Text to token ids and back, as {@code tokenizer.json} says, with the special tokens and the chat template of the
+ * files beside it.
  *
- * <p>The work is done by the Rust library that transformers uses too, so ids are equal by construction; what is added here is what that
- * library leaves to Python: which tokens are special for what, the chat template, the size of the vocabulary.
+ * <p>The work is done by the Rust library that transformers uses too, so ids are equal by construction; what is added
+ * here is what that library leaves to Python: which tokens are special for what, the chat template, the size of the
+ * vocabulary.
  *
- * <p>Safe for use by several threads, {@link #close} excepted. {@link #close} frees the native memory; what was encoded stays valid.
+ * <p>Safe for use by several threads, {@link #close} excepted. {@link #close} frees the native memory; what was
+ * encoded stays valid.
  */
 public final class Tokenizer implements AutoCloseable {
     static final String FILE = "tokenizer.json";
@@ -62,7 +65,8 @@ public final class Tokenizer implements AutoCloseable {
     public static Tokenizer open(Path folder) {
         Path file = folder.resolve(FILE);
         if (!Files.exists(file)) {
-            throw new ModelFormatException(file + ": there is no such file; a tokenizer in another format must be saved once with"
+            throw new ModelFormatException(file
+                    + ": there is no such file; a tokenizer in another format must be saved once with"
                     + " transformers' AutoTokenizer (use_fast=True)");
         }
         String text = StrictJson.readText(file, LARGEST);
@@ -70,9 +74,11 @@ public final class Tokenizer implements AutoCloseable {
         TokenizerSettings settings = TokenizerSettings.read(folder);
         HuggingFaceTokenizer tokenizer;
         try {
-            // Off, because padding and truncation are the scheduler's business and the library's defaults cut long texts.
+            // Off, because padding and truncation are the scheduler's business and the library's defaults cut long
+            // texts.
             Map<String, String> options = Map.of("padding", "false", "truncation", "false");
-            tokenizer = HuggingFaceTokenizer.newInstance(new ByteArrayInputStream(text.getBytes(StandardCharsets.UTF_8)), options);
+            ByteArrayInputStream bytes = new ByteArrayInputStream(text.getBytes(StandardCharsets.UTF_8));
+            tokenizer = HuggingFaceTokenizer.newInstance(bytes, options);
         } catch (IOException | RuntimeException e) {
             throw new ModelFormatException(file + ": cannot be loaded: " + e.getMessage(), e);
         }
@@ -80,8 +86,9 @@ public final class Tokenizer implements AutoCloseable {
     }
 
     /**
-     * Writes the files of a tokenizer with one token per character, for models that are made rather than downloaded. Ids 0, 1 and 2 are
-     * {@code <pad>}, {@code <bos>} and {@code <eos>}, then come the further special tokens, then the alphabet.
+     * Writes the files of a tokenizer with one token per character, for models that are made rather than downloaded.
+     * Ids 0, 1 and 2 are {@code <pad>}, {@code <bos>} and {@code <eos>}, then come the further special tokens, then
+     * the alphabet.
      *
      * @param folder an existing folder
      * @param alphabet the characters; any other becomes {@code <pad>}
@@ -92,10 +99,11 @@ public final class Tokenizer implements AutoCloseable {
     }
 
     /**
+     * {@return its token ids}
+     *
      * @param text any text
-     * @param addSpecialTokens whether the tokens that the model expects around a text (such as BOS) are added; a rendered chat template has
-     *     them already
-     * @return its token ids
+     * @param addSpecialTokens whether the tokens that the model expects around a text (such as BOS) are added; a
+     *     rendered chat template has them already
      */
     public int[] encode(String text, boolean addSpecialTokens) {
         return ids(tokenizer.encode(text, addSpecialTokens, false));
@@ -120,11 +128,12 @@ public final class Tokenizer implements AutoCloseable {
     }
 
     /**
+     * {@return the text; incomplete UTF-8 at an end becomes U+FFFD}
+     *
      * @param ids token ids
      * @param from the first to decode
      * @param to after the last to decode
      * @param skipSpecialTokens whether special tokens are left out
-     * @return the text; incomplete UTF-8 at an end becomes U+FFFD
      */
     public String decode(int[] ids, int from, int to, boolean skipSpecialTokens) {
         if (from == to) {
@@ -134,9 +143,10 @@ public final class Tokenizer implements AutoCloseable {
     }
 
     /**
+     * {@return the text}
+     *
      * @param ids token ids
      * @param skipSpecialTokens whether special tokens are left out
-     * @return the text
      */
     public String decode(int[] ids, boolean skipSpecialTokens) {
         return decode(ids, 0, ids.length, skipSpecialTokens);
@@ -148,8 +158,9 @@ public final class Tokenizer implements AutoCloseable {
     }
 
     /**
+     * {@return its id, or -1}
+     *
      * @param token a token as the vocabulary spells it
-     * @return its id, or -1
      */
     public int id(String token) {
         return vocabulary.id(token);
@@ -187,10 +198,12 @@ public final class Tokenizer implements AutoCloseable {
      * @throws ModelFormatException when a file cannot be copied
      */
     public void copyTo(Path target) {
-        for (String name : List.of(FILE, TokenizerSettings.FILE, TokenizerSettings.SPECIAL_TOKENS, TokenizerSettings.CHAT_TEMPLATE)) {
+        for (String name : List.of(FILE, TokenizerSettings.FILE, TokenizerSettings.SPECIAL_TOKENS,
+                TokenizerSettings.CHAT_TEMPLATE)) {
             Path from = folder.resolve(name);
             try {
-                if (Files.exists(from) && !(Files.exists(target.resolve(name)) && Files.isSameFile(from, target.resolve(name)))) {
+                if (Files.exists(from) && !(Files.exists(target.resolve(name))
+                        && Files.isSameFile(from, target.resolve(name)))) {
                     Files.copy(from, target.resolve(name), StandardCopyOption.REPLACE_EXISTING);
                 }
             } catch (IOException e) {

@@ -13,14 +13,16 @@ import org.jspecify.annotations.Nullable;
 /**
  * What stands beside {@code tokenizer.json}: special tokens by their use, and the chat template.
  *
- * @param specialTokens {@code bos_token}, {@code eos_token}, … to the token, those that there are; a chat template sees them as variables
+ * @param specialTokens {@code bos_token}, {@code eos_token}, … to the token, those that there are; a chat
+ *     template sees them as variables
  * @param chatTemplate the template, or null
  */
 record TokenizerSettings(Map<String, String> specialTokens, @Nullable ChatTemplate chatTemplate) {
     static final String FILE = "tokenizer_config.json";
     static final String SPECIAL_TOKENS = "special_tokens_map.json";
     static final String CHAT_TEMPLATE = "chat_template.jinja";
-    private static final List<String> USES = List.of("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+    private static final List<String> USES = List.of("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
+            "cls_token",
             "mask_token");
     private static final long LARGEST_TEMPLATE = 4 << 20;
 

@@ -7,8 +7,8 @@ import java.util.HashMap;
 import java.util.Map;
 
 /**
- * The tokens that {@code tokenizer.json} names, read past its merges in one pass: BPE, WordPiece and WordLevel list tokens with their ids,
- * Unigram in their order; added tokens come on top.
+ * The tokens that {@code tokenizer.json} names, read past its merges in one pass: BPE, WordPiece and WordLevel list
+ * tokens with their ids, Unigram in their order; added tokens come on top.
  */
 final class Vocabulary {
     private final Map<String, Integer> ids = new HashMap<>();

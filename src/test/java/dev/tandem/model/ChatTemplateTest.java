@@ -24,7 +24,8 @@ import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
 class ChatTemplateTest {
-    private static final TemplateFunctions FIXED_TIME = new TemplateFunctions(() -> LocalDateTime.of(2025, 3, 7, 9, 5, 3));
+    private static final TemplateFunctions FIXED_TIME = new TemplateFunctions(() ->
+            LocalDateTime.of(2025, 3, 7, 9, 5, 3));
 
     private static ChatTemplate template(String text) {
         return ChatTemplate.parse("test.jinja", text, Map.of());
@@ -39,25 +40,30 @@ class ChatTemplateTest {
     void rendersWhatJinjaRenders() throws IOException {
         JsonObject golden = TestFiles.json("chat/golden.json");
         Map<String, String> tokens = new HashMap<>();
-        golden.getAsJsonObject("tokens").entrySet().forEach(entry -> tokens.put(entry.getKey(), entry.getValue().getAsString()));
+        golden.getAsJsonObject("tokens").entrySet().forEach(entry -> tokens.put(entry.getKey(),
+                entry.getValue().getAsString()));
         Map<String, ChatTemplate> templates = new HashMap<>();
         List<Executable> checks = new ArrayList<>();
         for (JsonElement element : golden.getAsJsonArray("cases")) {
             JsonObject each = element.getAsJsonObject();
             String name = each.get("template").getAsString();
             if (!templates.containsKey(name)) {
-                String text = name.startsWith("snippet ") ? golden.getAsJsonObject("snippets").get(name.substring(8)).getAsString()
+                String text = name.startsWith("snippet ")
+                        ? golden.getAsJsonObject("snippets").get(name.substring(8)).getAsString()
                         : Files.readString(TestFiles.resource("chat/" + name));
                 templates.put(name, ChatTemplate.parse(name, text, tokens, FIXED_TIME));
             }
             Map<String, Object> variables = new LinkedHashMap<>();
             variables.put("messages", TestFiles.plain(each.get("messages")));
-            each.getAsJsonObject("variables").entrySet().forEach(e -> variables.put(e.getKey(), TestFiles.plain(e.getValue())));
+            each.getAsJsonObject("variables").entrySet().forEach(e -> variables.put(e.getKey(),
+                    TestFiles.plain(e.getValue())));
             ChatTemplate template = templates.get(name);
             if (each.has("error")) {
-                checks.add(() -> assertThrows(RuntimeException.class, () -> template.render(variables), each.toString()));
+                checks.add(() -> assertThrows(RuntimeException.class, () -> template.render(variables),
+                        each.toString()));
             } else {
-                checks.add(() -> assertEquals(each.get("text").getAsString(), template.render(variables), name + variables));
+                checks.add(() -> assertEquals(each.get("text").getAsString(), template.render(variables), name
+                        + variables));
             }
         }
         assertTrue(checks.size() > 350, "cases: " + checks.size());

@@ -58,7 +58,8 @@ class ModelConfigTest {
         assertEquals(List.of(2), config.eosTokenIds());
         assertFalse(config.tiedEmbeddings() || config.qkvBias() || config.mlpBias() || config.outputBias());
         assertEquals(new Positions.Rope(10_000), config.positions());
-        ModelConfig biased = read(LLAMA + ", \"attention_bias\": true, \"mlp_bias\": true, \"eos_token_id\": [5, 6], \"bos_token_id\": null}");
+        ModelConfig biased = read(LLAMA
+                + ", \"attention_bias\": true, \"mlp_bias\": true, \"eos_token_id\": [5, 6], \"bos_token_id\": null}");
         assertTrue(biased.qkvBias() && biased.outputBias() && biased.mlpBias());
         assertEquals(List.of(5, 6), biased.eosTokenIds());
         assertEquals(null, biased.bosTokenId());
@@ -69,8 +70,10 @@ class ModelConfigTest {
         String scaling = "\"rope_type\": \"llama3\", \"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\": 4.0, "
                 + "\"original_max_position_embeddings\": 32";
         Positions expected = new Positions.Rope(500_000, new RopeScaling.Llama3(8, 1, 4, 32));
-        assertEquals(expected, read(LLAMA + ", \"rope_theta\": 500000.0, \"rope_scaling\": {" + scaling + "}}").positions());
-        assertEquals(expected, read(LLAMA + ", \"rope_parameters\": {\"rope_theta\": 500000.0, " + scaling + "}}").positions());
+        assertEquals(expected, read(LLAMA + ", \"rope_theta\": 500000.0, \"rope_scaling\": {" + scaling
+                + "}}").positions());
+        assertEquals(expected, read(LLAMA + ", \"rope_parameters\": {\"rope_theta\": 500000.0, " + scaling
+                + "}}").positions());
         assertEquals(new Positions.Rope(10_000, new RopeScaling.Linear(2)),
                 read(LLAMA + ", \"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}}").positions());
         assertEquals(new Positions.Rope(10_000, new RopeScaling.Yarn(4, 16)), read(LLAMA
@@ -82,9 +85,11 @@ class ModelConfigTest {
 
     @Test
     void everyRopeScalingIsWritten(@TempDir Path folder) {
-        for (RopeScaling scaling : List.of(new RopeScaling.None(), new RopeScaling.Linear(2), new RopeScaling.Llama3(8, 1, 4, 32),
+        for (RopeScaling scaling : List.of(new RopeScaling.None(), new RopeScaling.Linear(2),
+                new RopeScaling.Llama3(8, 1, 4, 32),
                 new RopeScaling.Yarn(4, 16), new RopeScaling.Yarn(4, 16, 24, 2, 1.25, 0.7, 0.9, false))) {
-            ModelConfig config = ModelConfig.qwen3(100, 64, 2, 4, 2, 48, 64).withPositions(new Positions.Rope(1e6, scaling))
+            ModelConfig config = ModelConfig.qwen3(100, 64, 2, 4, 2, 48,
+                    64).withPositions(new Positions.Rope(1e6, scaling))
                     .withHeadDim(32).withSpecialTokens(null, List.of(3, 4), 5);
             config.write(folder, DType.FLOAT32);
             assertEquals(config, ModelConfig.read(folder));
@@ -116,20 +121,24 @@ class ModelConfigTest {
         assertEquals("model.decoder.project_in.weight[32, 16]", roles.get(ParameterRole.PROJECT_IN).toString());
         assertEquals("model.decoder.project_out.weight[16, 32]", roles.get(ParameterRole.PROJECT_OUT).toString());
         assertEquals("model.decoder.embed_tokens.weight[100, 16]", roles.get(ParameterRole.EMBED_TOKENS).toString());
-        assertEquals("model.decoder.embed_positions.weight[66, 32]", roles.get(ParameterRole.EMBED_POSITIONS).toString());
+        assertEquals("model.decoder.embed_positions.weight[66, 32]",
+                roles.get(ParameterRole.EMBED_POSITIONS).toString());
         assertFalse(roles.containsKey(ParameterRole.FINAL_NORM_WEIGHT) || roles.containsKey(ParameterRole.LM_HEAD));
         ModelConfig bare = read(OPT + ", \"enable_bias\": false, \"layer_norm_elementwise_affine\": false}");
-        assertTrue(bare.parameters().stream().noneMatch(spec -> spec.name().endsWith("bias") || spec.name().contains("norm")));
+        assertTrue(bare.parameters().stream().noneMatch(spec -> spec.name().endsWith("bias")
+                || spec.name().contains("norm")));
         assertFalse(read(OPT + ", \"_remove_final_layer_norm\": true}").finalNorm());
         assertTrue(read(OPT + "}").finalNorm());
     }
 
     @Test
     void canonicalOrder() {
-        List<ParameterRole> layer = ModelConfig.llama(100, 32, 1, 4, 2, 48, 64).parameters().stream().map(ParameterSpec::role).toList();
+        List<ParameterRole> layer = ModelConfig.llama(100, 32, 1, 4, 2, 48,
+                64).parameters().stream().map(ParameterSpec::role).toList();
         assertEquals(List.of(ParameterRole.EMBED_TOKENS, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.Q_WEIGHT,
                 ParameterRole.K_WEIGHT, ParameterRole.V_WEIGHT, ParameterRole.O_WEIGHT, ParameterRole.MLP_NORM_WEIGHT,
-                ParameterRole.GATE_WEIGHT, ParameterRole.UP_WEIGHT, ParameterRole.DOWN_WEIGHT, ParameterRole.FINAL_NORM_WEIGHT,
+                ParameterRole.GATE_WEIGHT, ParameterRole.UP_WEIGHT, ParameterRole.DOWN_WEIGHT,
+                        ParameterRole.FINAL_NORM_WEIGHT,
                 ParameterRole.LM_HEAD), layer);
         assertTrue(ModelConfig.qwen3(100, 32, 1, 4, 2, 48, 64).parameters().stream()
                 .anyMatch(spec -> spec.toString().equals("model.layers.0.self_attn.q_norm.weight[8]")));
@@ -166,12 +175,14 @@ class ModelConfigTest {
     void whatAFamilyCannotSayIsNotWritten(@TempDir Path folder) {
         ModelConfig config = ModelConfig.qwen3(100, 32, 1, 4, 2, 48, 64).withPositions(new Positions.Learned(0));
         assertThrows(IllegalArgumentException.class, () -> config.write(folder, DType.FLOAT32));
-        assertTrue(assertThrows(ModelFormatException.class, () -> ModelConfig.read(folder)).getMessage().contains("config.json: there is no such file"));
+        assertTrue(assertThrows(ModelFormatException.class, () ->
+                ModelConfig.read(folder)).getMessage().contains("config.json: there is no such file"));
     }
 
     @Test
     void aBaseModelAndAModelTypeAloneAreEnough() {
         assertEquals(Architecture.LLAMA, read(LLAMA.replace("LlamaForCausalLM", "LlamaModel") + "}").architecture());
-        assertEquals(Architecture.OPT, read(OPT.replace("\"architectures\": [\"OPTForCausalLM\"], ", "") + "}").architecture());
+        assertEquals(Architecture.OPT, read(OPT.replace("\"architectures\": [\"OPTForCausalLM\"], ", "")
+                + "}").architecture());
     }
 }

@@ -23,24 +23,35 @@ import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 
 /**
- * Damages the files of a model at random, keeping most of their structure, and reads them: whatever stands in a file, only
- * ModelFormatException and IllegalArgumentException may come out, with a message. The heap of the tests is the memory bound: an
- * OutOfMemoryError or StackOverflowError is a failure like any other.
+ * Damages the files of a model at random, keeping most of their structure, and reads them: whatever stands in a file,
+ * only ModelFormatException and IllegalArgumentException may come out, with a message. The heap of the tests is the
+ * memory bound: an OutOfMemoryError or StackOverflowError is a failure like any other.
  *
  * <p>{@code -Dfuzz.seconds=600} runs longer, {@code -Dfuzz.seed} repeats a run.
  */
 class ModelFilesFuzzTest {
-    private static final List<String> JSON_PARTS = List.of("{", "}", "[", "]", ",", ":", "\"", "null", "true", "false", "NaN", "Infinity", "-1", "0",
-            "1e999", "1e-999", "1.5", "9223372036854775807", "9223372036854775808", "-9223372036854775808", "4294967296", "18446744073709551615",
-            "\"F32\"", "\"BF16\"", "\"I64\"", "\"U8\"", "[0,0]", "[0,8]", "[8,0]", "[]", "{}", "\"\\ud800\"", "\\u0000", "\"\"", "//x\n", "'a'", "\ufeff",
-            "\"__metadata__\":{}", "\"a\":", "[[[[[[[[", "{\"a\":{\"a\":{\"a\":", "00", "1E+5", "\"../x\"", "\"yarn\"", "\"llama3\"", "0.0", "1e-300");
-    private static final List<String> TEMPLATE_PARTS = List.of("{{ ", " }}", "{% ", " %}", "{%- ", " -%}", "{#", "#}", "messages", "loop.index0", "loop",
-            "[::-1]", "[1:]", "[-1]", ".content", "['role']", " | trim", " | tojson", " | length", " | map('upper')", " | join", " | list", " | string",
-            " is defined", " is not none", " not in ", " in ", " and ", " or ", "not ", " if ", " else ", "for x in ", "endfor", "endif", "set x = ",
-            "set ns.x = ns.x ~ ns.x", "set ns.x = [ns.x, ns.x]", "set ns = namespace(x='a')", "endset", "macro f(a)", "endmacro", "f(f)", "f(1)", "range(99999)",
-            "raise_exception('x')", "strftime_now('%Y')", "1", "0", "-1", "1.5", "'x'", "\"y\"", "none", "true", "x", "ns", "ns.x", "(", ")", "[", "]", "{", "}", ",",
-            ".", "|", "~", " + ", " * ", " - ", " // ", " % ", " ** ", " == ", " < ", "99999999", "break", "continue", "\n", "  ", "é🙂", "dict(a=1)", ".items()",
-            ".split('a')", ".replace('', 'aaaa')", ".get('a')", "'\\", " | reverse", " | selectattr('role', 'equalto', 'user')", " * 999999");
+    private static final List<String> JSON_PARTS = List.of("{", "}", "[", "]", ",", ":", "\"", "null", "true", "false",
+            "NaN", "Infinity", "-1", "0",
+            "1e999", "1e-999", "1.5", "9223372036854775807", "9223372036854775808", "-9223372036854775808",
+                    "4294967296", "18446744073709551615",
+            "\"F32\"", "\"BF16\"", "\"I64\"", "\"U8\"", "[0,0]", "[0,8]", "[8,0]", "[]", "{}", "\"\\ud800\"", "\\u0000",
+                    "\"\"", "//x\n", "'a'", "\ufeff",
+            "\"__metadata__\":{}", "\"a\":", "[[[[[[[[", "{\"a\":{\"a\":{\"a\":", "00", "1E+5", "\"../x\"", "\"yarn\"",
+                    "\"llama3\"", "0.0", "1e-300");
+    private static final List<String> TEMPLATE_PARTS = List.of("{{ ", " }}", "{% ", " %}", "{%- ", " -%}", "{#", "#}",
+            "messages", "loop.index0", "loop",
+            "[::-1]", "[1:]", "[-1]", ".content", "['role']", " | trim", " | tojson", " | length", " | map('upper')",
+                    " | join", " | list", " | string",
+            " is defined", " is not none", " not in ", " in ", " and ", " or ", "not ", " if ", " else ", "for x in ",
+                    "endfor", "endif", "set x = ",
+            "set ns.x = ns.x ~ ns.x", "set ns.x = [ns.x, ns.x]", "set ns = namespace(x='a')", "endset", "macro f(a)",
+                    "endmacro", "f(f)", "f(1)", "range(99999)",
+            "raise_exception('x')", "strftime_now('%Y')", "1", "0", "-1", "1.5", "'x'", "\"y\"", "none", "true", "x",
+                    "ns", "ns.x", "(", ")", "[", "]", "{", "}", ",",
+            ".", "|", "~", " + ", " * ", " - ", " // ", " % ", " ** ", " == ", " < ", "99999999", "break", "continue",
+                    "\n", "  ", "é🙂", "dict(a=1)", ".items()",
+            ".split('a')", ".replace('', 'aaaa')", ".get('a')", "'\\", " | reverse",
+                    " | selectattr('role', 'equalto', 'user')", " * 999999");
 
     @TempDir
     Path folder;
@@ -56,7 +67,8 @@ class ModelFilesFuzzTest {
         for (String name : List.of("fixture", "llama2", "llama3", "llama31", "llama32", "qwen25", "qwen3", "smollm2")) {
             templates.add(Files.readString(TestFiles.resource("chat/" + name + ".jinja")));
         }
-        TestFiles.json("chat/golden.json").getAsJsonObject("snippets").entrySet().forEach(e -> templates.add(e.getValue().getAsString()));
+        TestFiles.json("chat/golden.json").getAsJsonObject("snippets").entrySet().forEach(e ->
+                templates.add(e.getValue().getAsString()));
         List<String> configs = new ArrayList<>();
         for (String name : List.of("llama", "qwen2", "qwen3", "opt")) {
             configs.add(Files.readString(TestFiles.resource("fixtures/" + name + "/config.json")));
@@ -72,14 +84,17 @@ class ModelFilesFuzzTest {
             String template = damage(pick(templates), TEMPLATE_PARTS);
             check(seed, template, () -> renderTemplate(template));
             String config = damage(pick(configs), JSON_PARTS);
-            check(seed, config, () -> Architecture.readConfig(JsonFields.of("config.json", StrictJson.parse("config.json", config))).parameters());
+            check(seed, config, () -> Architecture.readConfig(JsonFields.of("config.json",
+                    StrictJson.parse("config.json", config))).parameters());
             safetensors(seed);
             if (random.nextInt(4) == 0) {
                 folderFiles(seed, templates);
             }
         }
-        System.getLogger("fuzz").log(System.Logger.Level.INFO, "seed " + seed + ": " + read + " files read, " + accepted + " accepted");
-        assertTrue(accepted > 0 && accepted < read, "seed " + seed + ": " + accepted + " of " + read + " accepted: the damage is not well dosed");
+        System.getLogger("fuzz").log(System.Logger.Level.INFO, "seed " + seed + ": " + read + " files read, "
+                + accepted + " accepted");
+        assertTrue(accepted > 0 && accepted < read, "seed " + seed + ": " + accepted + " of " + read
+                + " accepted: the damage is not well dosed");
     }
 
     private interface Reading {
@@ -106,9 +121,11 @@ class ModelFilesFuzzTest {
 
     private static void renderTemplate(String text) {
         ChatTemplate template = ChatTemplate.parse("fuzz.jinja", text, Map.of("bos_token", "<s>", "eos_token", "</s>"));
-        List<ChatMessage> messages = List.of(ChatMessage.system("s"), ChatMessage.user("u"), ChatMessage.assistant("<think>a</think>b"));
+        List<ChatMessage> messages = List.of(ChatMessage.system("s"), ChatMessage.user("u"),
+                ChatMessage.assistant("<think>a</think>b"));
         template.render(messages, true);
-        template.render(messages.subList(1, 2), false, Map.of("tools", List.of(Map.of("name", "f", "n", 1.5)), "enable_thinking", false));
+        template.render(messages.subList(1, 2), false, Map.of("tools", List.of(Map.of("name", "f", "n", 1.5)),
+                "enable_thinking", false));
     }
 
     private void safetensors(long seed) throws IOException {
@@ -122,7 +139,8 @@ class ModelFilesFuzzTest {
             case 1 -> text.length + random.nextInt(-3, 50);
             default -> text.length;
         };
-        byte[] whole = ByteBuffer.allocate(8 + text.length + 40).order(ByteOrder.LITTLE_ENDIAN).putLong(length).put(text).array();
+        byte[] whole = ByteBuffer.allocate(8 + text.length
+                + 40).order(ByteOrder.LITTLE_ENDIAN).putLong(length).put(text).array();
         if (random.nextInt(6) == 0) {
             whole = Arrays.copyOf(whole, random.nextInt(whole.length + 20));
         }
@@ -146,7 +164,8 @@ class ModelFilesFuzzTest {
     private void folderFiles(long seed, List<String> templates) throws IOException {
         Path shards = folder.resolve("shards");
         String index = damage("{\"metadata\":{\"total_size\":4},\"weight_map\":{\"a\":\"s1.safetensors\",\"b\":\"s2.safetensors\"}}",
-                random.nextBoolean() ? JSON_PARTS : List.of("\"a\"", "\"b\"", "\"s1.safetensors\"", "s1", "s2", "/", "..", ".", "\\u0000", ":", ","));
+                random.nextBoolean() ? JSON_PARTS : List.of("\"a\"", "\"b\"", "\"s1.safetensors\"", "s1", "s2", "/",
+                        "..", ".", "\\u0000", ":", ","));
         Files.write(shards.resolve("model.safetensors.index.json"), index.getBytes(StandardCharsets.UTF_8));
         check(seed, index, () -> Safetensors.open(shards).close());
 
@@ -172,7 +191,8 @@ class ModelFilesFuzzTest {
         StringBuilder out = new StringBuilder(text);
         for (int i = random.nextInt(1, 5); i > 0; i--) {
             int at = random.nextInt(out.length() + 1);
-            for (int step = 0; random.nextInt(3) > 0 && step < 30 && at < out.length() && !Character.isWhitespace(out.charAt(at))
+            for (int step = 0; random.nextInt(3) > 0 && step < 30 && at < out.length()
+                    && !Character.isWhitespace(out.charAt(at))
                     && "[]{},:\"'".indexOf(out.charAt(at)) < 0; step++) {
                 at++;
             }

@@ -13,9 +13,11 @@ import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
 import java.nio.ByteBuffer;
 import java.nio.ByteOrder;
+import java.nio.channels.FileChannel;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.nio.file.StandardOpenOption;
 import java.util.Arrays;
 import java.util.List;
 import java.util.function.UnaryOperator;
@@ -36,7 +38,8 @@ class SafetensorsTest {
 
     private Path file(long length, String header, int data) throws IOException {
         byte[] text = header.getBytes(StandardCharsets.UTF_8);
-        ByteBuffer bytes = ByteBuffer.allocate(8 + text.length + data).order(ByteOrder.LITTLE_ENDIAN).putLong(length).put(text);
+        ByteBuffer bytes = ByteBuffer.allocate(8 + text.length
+                + data).order(ByteOrder.LITTLE_ENDIAN).putLong(length).put(text);
         return Files.write(folder.resolve("x.safetensors"), bytes.array());
     }
 
@@ -54,7 +57,8 @@ class SafetensorsTest {
             assertEquals(2, opened.tensor("b").data().byteSize());
             assertThrows(UnsupportedOperationException.class, () -> opened.names().clear());
             assertTrue(opened.tensor("a").data().isReadOnly());
-            assertTrue(assertThrows(ModelFormatException.class, () -> opened.tensor("c")).getMessage().contains("tensor c is missing"));
+            assertTrue(assertThrows(ModelFormatException.class, () ->
+                    opened.tensor("c")).getMessage().contains("tensor c is missing"));
         }
     }
 
@@ -90,9 +94,11 @@ class SafetensorsTest {
     @Test
     void lengthsAreChecked() throws IOException {
         String good = GOOD.replace('\'', '"');
-        for (long length : new long[] {0, 1, -1, Long.MAX_VALUE, Long.MIN_VALUE, 1L << 40, 99_999_999_999L, good.length() + 11}) {
+        for (long length : new long[] {0, 1, -1, Long.MAX_VALUE, Long.MIN_VALUE, 1L << 40, 99_999_999_999L,
+                good.length() + 11}) {
             String message = refusal(file(length, good, 10));
-            assertTrue(message.contains("x.safetensors: the header's length is " + Long.toUnsignedString(length)), message);
+            assertTrue(message.contains("x.safetensors: the header's length is " + Long.toUnsignedString(length)),
+                    message);
         }
         assertTrue(refusal(file(good, 9)).contains("tensor b: data_offsets [8, 10]"));
         assertTrue(refusal(file(good, 11)).contains("the tensors take 10 bytes, the file has 11"));
@@ -105,6 +111,21 @@ class SafetensorsTest {
         assertTrue(refusal(file("{\"a\":" + "[".repeat(100_000), 0)).contains("malformed JSON"));
         Files.write(folder.resolve("x.safetensors"), new byte[] {2, 0, 0, 0, 0, 0, 0, 0, '{', (byte) 0xff});
         assertTrue(refusal(folder.resolve("x.safetensors")).contains("UTF-8"));
+    }
+
+    @Test
+    void filesBeyondTwoGibibytesAreMapped() throws IOException {
+        String header = "{\"a\":{\"dtype\":\"F32\",\"shape\":[800000000],\"data_offsets\":[0,3200000000]},"
+                + "\"b\":{\"dtype\":\"BOOL\",\"shape\":[1],\"data_offsets\":[3200000000,3200000001]}}";
+        Path file = file(header, 0);
+        // A sparse file: the hole takes no disk.
+        try (FileChannel channel = FileChannel.open(file, StandardOpenOption.WRITE)) {
+            channel.write(ByteBuffer.wrap(new byte[] {77}), channel.size() + 3_200_000_000L);
+        }
+        try (Safetensors opened = Safetensors.open(file)) {
+            assertEquals(3_200_000_000L, opened.tensor("a").data().byteSize());
+            assertEquals(77, opened.tensor("b").data().get(ValueLayout.JAVA_BYTE, 0));
+        }
     }
 
     private static final List<Tensor> TENSORS = List.of(new Tensor("w", DType.FLOAT32, new long[] {3, 2}),
@@ -144,7 +165,8 @@ class SafetensorsTest {
     @Test
     void writesOneFileOrShardsAndTidiesUp() throws IOException {
         SafetensorsWriter.writeFolder(folder, TENSORS, 30, SafetensorsTest::fill);
-        assertEquals(List.of("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+        assertEquals(List.of("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json"),
                 listing());
         checkAll(folder);
         SafetensorsWriter.writeFolder(folder, TENSORS, 1 << 20, SafetensorsTest::fill);
@@ -160,7 +182,8 @@ class SafetensorsTest {
     @Test
     void aFailedWriteLeavesWhatWasThere() throws IOException {
         SafetensorsWriter.writeFolder(folder, TENSORS, 1 << 20, SafetensorsTest::fill);
-        assertThrows(IllegalStateException.class, () -> SafetensorsWriter.writeFolder(folder, TENSORS, 30, (name, sink) -> {
+        assertThrows(IllegalStateException.class, () -> SafetensorsWriter.writeFolder(folder, TENSORS, 30, (name, sink) ->
+                {
             if (name.equals("last")) {
                 throw new IllegalStateException("no more");
             }
@@ -169,7 +192,8 @@ class SafetensorsTest {
         assertEquals(List.of("model.safetensors"), listing());
         checkAll(folder);
         Path other = folder.resolve("other.safetensors");
-        assertTrue(assertThrows(IllegalArgumentException.class, () -> SafetensorsWriter.writeFile(other, TENSORS, (name, sink) -> { }))
+        assertTrue(assertThrows(IllegalArgumentException.class, () -> SafetensorsWriter.writeFile(other, TENSORS,
+                (name, sink) -> { }))
                 .getMessage().contains("tensor w: its source ended 24 bytes early"));
         assertTrue(assertThrows(IllegalArgumentException.class, () -> SafetensorsWriter.writeFile(other, TENSORS,
                 (name, sink) -> sink.write(MemorySegment.ofArray(new byte[25])))).getMessage().contains("25 bytes given where 24"));
@@ -182,7 +206,8 @@ class SafetensorsTest {
         Path index = folder.resolve("model.safetensors.index.json");
         String good = Files.readString(index);
         Files.writeString(index, good.replace("\"last\": \"model-00002", "\"lost\": \"model-00002"));
-        assertTrue(refusal(folder).contains("tensor lost is in model-00002-of-00002.safetensors, found it in no shard"), refusal(folder));
+        assertTrue(refusal(folder).contains("tensor lost is in model-00002-of-00002.safetensors, found it in no shard"),
+                refusal(folder));
         Files.writeString(index, good.replace("\"last\": \"model-00002", "\"last\": \"model-00001"));
         assertTrue(refusal(folder).contains("tensor last is in model-00001-of-00002.safetensors, found it in model-00002"), refusal(folder));
         Files.writeString(index, good.replace("\"last\": \"model-00002-of-00002", "\"last\": \"../model"));
@@ -197,7 +222,8 @@ class SafetensorsTest {
         Files.move(folder.resolve("model-00001-of-00002.safetensors"), folder.resolve("adapter.safetensors"));
         assertEquals("adapter.safetensors", openLone());
         Files.move(folder.resolve("spare"), folder.resolve("second.safetensors"));
-        assertTrue(refusal(folder).contains("several without an index: adapter.safetensors, second.safetensors"), refusal(folder));
+        assertTrue(refusal(folder).contains("several without an index: adapter.safetensors, second.safetensors"),
+                refusal(folder));
     }
 
     private String openLone() {
@@ -207,7 +233,8 @@ class SafetensorsTest {
     }
 
     private static Path copy(Safetensors from, Path to, UnaryOperator<String> rename, Tensor... more) {
-        List<Tensor> tensors = Stream.concat(from.tensors().stream().map(t -> new Tensor(rename.apply(t.name()), t.dtype(), t.shape())),
+        List<Tensor> tensors = Stream.concat(from.tensors().stream().map(t ->
+                new Tensor(rename.apply(t.name()), t.dtype(), t.shape())),
                 Arrays.stream(more)).filter(t -> !t.name().isEmpty()).toList();
         SafetensorsWriter.writeFile(to, tensors, (name, sink) -> {
             for (TensorEntry tensor : from.tensors()) {
@@ -227,7 +254,8 @@ class SafetensorsTest {
 
     private static String mismatch(ModelConfig config, Path path) {
         try (Safetensors weights = Safetensors.open(path)) {
-            return assertThrows(ModelFormatException.class, () -> CheckpointTensors.check(config.parameters(), weights)).getMessage();
+            return assertThrows(ModelFormatException.class, () -> CheckpointTensors.check(config.parameters(),
+                    weights)).getMessage();
         }
     }
 
@@ -247,16 +275,20 @@ class SafetensorsTest {
         try (Safetensors weights = Safetensors.open(fixture)) {
             String missing = mismatch(config, copy(weights, file, n -> n.equals("model.norm.weight") ? "" : n));
             assertTrue(missing.contains("tensor model.norm.weight is missing"), missing);
-            String extra = mismatch(config, copy(weights, file, n -> n, new Tensor("model.more", DType.FLOAT32, new long[] {1})));
+            String extra = mismatch(config, copy(weights, file, n -> n,
+                    new Tensor("model.more", DType.FLOAT32, new long[] {1})));
             assertTrue(extra.contains("m.safetensors: tensor model.more is in the files but not part"), extra);
             String shape = mismatch(config.withVocabSize(513), copy(weights, file, n -> n));
             assertTrue(shape.contains("tensor model.embed_tokens.weight: config.json asks for shape [513, 128], found [512, 128]"), shape);
             String dtype = mismatch(config, copy(weights, file, n -> n.equals("model.norm.weight") ? "" : n,
                     new Tensor("model.norm.weight", DType.INT32, new long[] {128})));
-            assertTrue(dtype.contains("tensor model.norm.weight: expected weights in F32, BF16 or F16, found I32"), dtype);
-            String badHead = mismatch(config, copy(weights, file, n -> n, new Tensor("lm_head.weight", DType.FLOAT32, new long[] {512, 64})));
+            assertTrue(dtype.contains("tensor model.norm.weight: expected weights in F32, BF16 or F16, found I32"),
+                    dtype);
+            String badHead = mismatch(config, copy(weights, file, n -> n,
+                    new Tensor("lm_head.weight", DType.FLOAT32, new long[] {512, 64})));
             assertTrue(badHead.contains("lm_head.weight"), badHead);
-            assertTrue(mismatch(config.withTiedEmbeddings(false), copy(weights, file, n -> n)).contains("lm_head.weight is missing"));
+            assertTrue(mismatch(config.withTiedEmbeddings(false), copy(weights, file, n ->
+                    n)).contains("lm_head.weight is missing"));
 
             matches(config, copy(weights, file, n -> n, head,
                     new Tensor("model.layers.0.self_attn.rotary_emb.inv_freq", DType.FLOAT32, new long[] {64})));

@@ -35,7 +35,8 @@ class TokenizerTest {
             assertEquals(512, tokenizer.vocabSize());
             assertEquals(2, tokenizer.id("<|im_end|>"));
             assertEquals(-1, tokenizer.id("no such token"));
-            assertEquals(List.of(0, 2, 3), List.of(tokenizer.bosTokenId(), tokenizer.eosTokenId(), tokenizer.padTokenId()));
+            assertEquals(List.of(0, 2, 3), List.of(tokenizer.bosTokenId(), tokenizer.eosTokenId(),
+                    tokenizer.padTokenId()));
             List<String> texts = new ArrayList<>();
             JsonArray cases = TestFiles.json("fixtures/" + name + "/golden.json").getAsJsonArray("tokenizer");
             for (JsonElement element : cases) {
@@ -66,7 +67,8 @@ class TokenizerTest {
             assertEquals("12+3=<think>🙂é\"<eos>", tokenizer.decode(ids, false));
             assertEquals("2+3=🙂", tokenizer.decode(ids, 1, 7, true));
             assertEquals("", tokenizer.decode(ids, 3, 3, true));
-            assertEquals("<bos>user\n1+1<eos>\n<bos>assistant\n", tokenizer.chatTemplate().render(List.of(ChatMessage.user("1+1")), true));
+            assertEquals("<bos>user\n1+1<eos>\n<bos>assistant\n",
+                    tokenizer.chatTemplate().render(List.of(ChatMessage.user("1+1")), true));
             Path copy = Files.createDirectory(folder.resolve("copy"));
             tokenizer.copyTo(copy);
             try (Tokenizer copied = Tokenizer.open(copy)) {
@@ -110,7 +112,8 @@ class TokenizerTest {
                 "{\"eos_token_id\": [7, 9], \"temperature\": 0.6, \"top_k\": 20, \"top_p\": 0.95, \"do_sample\": true}");
         try (ModelFolder model = ModelFolder.open(folder)) {
             assertEquals(Set.of(7, 9), model.eosTokenIds());
-            assertEquals(new GenerationDefaults(List.of(7, 9), null, true, 0.6, 20, 0.95, null), model.generationDefaults());
+            assertEquals(new GenerationDefaults(List.of(7, 9), null, true, 0.6, 20, 0.95, null),
+                    model.generationDefaults());
             model.generationDefaults().write(folder);
             assertEquals(model.generationDefaults(), GenerationDefaults.read(folder));
         }
@@ -120,11 +123,14 @@ class TokenizerTest {
         assertTrue(message.contains("token ids up to 511") && message.contains("vocab_size 500"), message);
         for (String name : List.of("config.json", "tokenizer.json")) {
             Files.deleteIfExists(folder.resolve(name));
-            assertTrue(assertThrows(ModelFormatException.class, () -> ModelFolder.open(folder)).getMessage().contains(name));
+            assertTrue(assertThrows(ModelFormatException.class, () ->
+                    ModelFolder.open(folder)).getMessage().contains(name));
             Files.copy(TestFiles.resource("fixtures/llama/" + name), folder.resolve(name));
         }
         Files.delete(folder.resolve("model.safetensors"));
-        assertTrue(assertThrows(ModelFormatException.class, () -> ModelFolder.open(folder)).getMessage().contains("model.safetensors"));
-        assertTrue(assertThrows(ModelFormatException.class, () -> ModelFolder.open(config)).getMessage().contains("found a file"));
+        assertTrue(assertThrows(ModelFormatException.class, () ->
+                ModelFolder.open(folder)).getMessage().contains("model.safetensors"));
+        assertTrue(assertThrows(ModelFormatException.class, () ->
+                ModelFolder.open(config)).getMessage().contains("found a file"));
     }
 }
