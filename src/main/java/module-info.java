@@ -7,6 +7,7 @@ module dev.tandem {
     requires com.google.gson;
     requires ai.djl.tokenizers;
     requires commons.math3;
+    requires java.logging;
     requires jdk.jfr;
 
     exports dev.tandem;

@@ -1,7 +1,7 @@
 package dev.tandem.model;
 
-import java.util.Arrays;
 import java.util.LinkedHashMap;
+import java.util.List;
 import java.util.Map;
 
 /** The non-linearity of a decoder's feed-forward block. */
@@ -15,22 +15,23 @@ public enum Activation {
     /** {@code max(x, 0)}. */
     RELU("relu");
 
-    private final String[] names;
+    @SuppressWarnings("ImmutableEnumChecker") // List.of
+    private final List<String> names;
 
     Activation(String... names) {
-        this.names = names;
+        this.names = List.of(names);
     }
 
     /** {@return the name that config.json is given on saving} */
     String hubName() {
-        return names[0];
+        return names.getFirst();
     }
 
     /** {@return every name that config.json may use, with what it stands for} */
     static Map<String, Activation> byHubName() {
         Map<String, Activation> all = new LinkedHashMap<>();
         for (Activation activation : values()) {
-            Arrays.stream(activation.names).forEach(name -> all.put(name, activation));
+            activation.names.forEach(name -> all.put(name, activation));
         }
         return all;
     }

@@ -13,10 +13,12 @@ import java.util.stream.Collectors;
 /**
  * The families of decoders whose files are understood.
  *
- * <p>A family is a spelling, not a computation: it says how {@code config.json} becomes a {@link ModelConfig} and what Hugging Face
- * calls each {@link ParameterRole}. What the model then computes follows from the config alone, so a further family of the same
- * pattern is one constant here, with its defaults, and (where it spells differently) one {@link FamilyFormat}.
+ * <p>A family is a spelling, not a computation: it says how {@code config.json} becomes a {@link ModelConfig} and
+ * what Hugging Face calls each {@link ParameterRole}. What the model then computes follows from the config alone, so
+ * a further family of the same pattern is one constant here, with its defaults, and (where it spells differently) one
+ * {@link FamilyFormat}.
  */
+@SuppressWarnings("ImmutableEnumChecker") // formats are immutable, only not marked as such
 public enum Architecture {
     /** Llama 1 to 3.2 and everything saved as one (SmolLM, TinyLlama, …). */
     LLAMA("LlamaForCausalLM", "llama", LlamaFormat.llama()),
@@ -43,9 +45,10 @@ public enum Architecture {
     }
 
     /**
+     * {@return its full name in a Hugging Face checkpoint}
+     *
      * @param role what the tensor does
      * @param layer its layer, ignored for roles outside layers
-     * @return its full name in a Hugging Face checkpoint
      */
     public String tensorName(ParameterRole role, int layer) {
         String pattern = format.names().get(role);
@@ -56,9 +59,9 @@ public enum Architecture {
     }
 
     /**
-     * Lists every tensor of a model, a tied LM head left out: embeddings, then the layers in order with q, k, v weights next to each
-     * other, their biases next to each other, and gate and up likewise, then what follows the layers. The weight arena lays its bytes
-     * out in this order.
+     * Lists every tensor of a model, a tied LM head left out: embeddings, then the layers in order with q, k, v
+     * weights next to each other, their biases next to each other, and gate and up likewise, then what follows the
+     * layers. The weight arena lays its bytes out in this order.
      *
      * @param config the model
      * @return the tensors
@@ -75,7 +78,8 @@ public enum Architecture {
     static ModelConfig readConfig(JsonFields fields) {
         Architecture architecture = of(fields);
         if (fields.has("quantization_config")) {
-            throw fields.wrong("quantization_config", "none: quantised weights cannot be loaded, take the original checkpoint");
+            throw fields.wrong("quantization_config",
+                    "none: quantised weights cannot be loaded, take the original checkpoint");
         }
         try {
             return architecture.format.read(architecture, fields);
@@ -90,17 +94,21 @@ public enum Architecture {
         for (Architecture each : values()) {
             // A base model ("LlamaModel") is exported without its head; where the head is tied nothing is missing.
             String base = each.className.replace("ForCausalLM", "Model");
-            if (classes.contains(each.className) || classes.contains(base) || classes.isEmpty() && each.modelType.equals(type)) {
+            boolean byType = classes.isEmpty() && each.modelType.equals(type);
+            if (byType || classes.contains(each.className) || classes.contains(base)) {
                 if (type != null && !type.equals(each.modelType)) {
-                    throw fields.wrong("model_type", "\"" + each.modelType + "\" because architectures says " + classes);
+                    throw fields.wrong("model_type", "\"" + each.modelType + "\" because architectures says "
+                            + classes);
                 }
                 return each;
             }
         }
         String supported = Arrays.stream(values()).map(Architecture::className).collect(Collectors.joining(", "));
-        String found = classes.isEmpty() ? "model_type " + (type == null ? "missing" : "\"" + StrictJson.brief(type) + "\"")
+        String found = classes.isEmpty() ? "model_type " + (type == null ? "missing" : "\"" + StrictJson.brief(type)
+                + "\"")
                 : StrictJson.brief(classes.toString());
-        throw new ModelFormatException(fields.source() + ": field \"architectures\": expected one of " + supported + ", found " + found);
+        throw new ModelFormatException(fields.source() + ": field \"architectures\": expected one of " + supported
+                + ", found " + found);
     }
 
     /**
@@ -125,7 +133,8 @@ public enum Architecture {
         JsonElement written = StrictJson.parse("config.json", StrictJson.print(json));
         ModelConfig back = readConfig(JsonFields.of("config.json", written));
         if (!back.equals(config)) {
-            throw new IllegalArgumentException("A config.json of " + className + " cannot express this config.\nasked: " + config
+            throw new IllegalArgumentException("A config.json of " + className
+                    + " cannot express this config.\nasked: " + config
                     + "\nits files would say: " + back);
         }
         return json;

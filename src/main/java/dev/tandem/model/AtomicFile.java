@@ -10,7 +10,10 @@ import java.nio.file.Path;
 import java.nio.file.StandardCopyOption;
 import java.nio.file.StandardOpenOption;
 
-/** Files that are either wholly there or not at all: written beside their place, flushed to disk, then renamed into it. */
+/**
+ * Files that are either wholly there or not at all: written beside their place, flushed to disk, then renamed into
+ * it.
+ */
 final class AtomicFile {
     /** Writes a file's bytes. */
     interface Body {
@@ -69,7 +72,8 @@ final class AtomicFile {
         try {
             Files.deleteIfExists(temporary);
         } catch (IOException e) {
-            System.getLogger(AtomicFile.class.getName()).log(System.Logger.Level.WARNING, temporary + " was left behind", e);
+            System.getLogger(AtomicFile.class.getName()).log(System.Logger.Level.WARNING, temporary
+                    + " was left behind", e);
         }
     }
 }

@@ -8,24 +8,27 @@ package dev.tandem.model;
  */
 public record ChatMessage(String role, String content) {
     /**
+     * {@return a turn of the system}
+     *
      * @param content what is said
-     * @return a turn of the system
      */
     public static ChatMessage system(String content) {
         return new ChatMessage("system", content);
     }
 
     /**
+     * {@return a turn of the user}
+     *
      * @param content what is said
-     * @return a turn of the user
      */
     public static ChatMessage user(String content) {
         return new ChatMessage("user", content);
     }
 
     /**
+     * {@return a turn of the model}
+     *
      * @param content what is said
-     * @return a turn of the model
      */
     public static ChatMessage assistant(String content) {
         return new ChatMessage("assistant", content);

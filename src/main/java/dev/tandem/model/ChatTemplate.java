@@ -6,16 +6,18 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * A model's chat template: the program in its tokenizer's files that turns a conversation into the text the model was trained on.
+ * A model's chat template: the program in its tokenizer's files that turns a conversation into the text the model was
+ * trained on.
  *
- * <p>Templates are written in Jinja for the environment that transformers gives them, and a model is sensitive to every newline in
- * their output, so this is an interpreter of that language with that environment's whitespace rules, filters and functions, tested
- * character for character against jinja2. It has the part of the language that published templates use. What it does not have (a tag,
- * filter, test, method or function) is refused when the template is read, naming it and its line: a template that is rendered nearly
- * right is a training bug that nobody sees.
+ * <p>Templates are written in Jinja for the environment that transformers gives them, and a model is sensitive to
+ * every newline in their output, so this is an interpreter of that language with that environment's whitespace rules,
+ * filters and functions, tested character for character against jinja2. It has the part of the language that
+ * published templates use. What it does not have (a tag, filter, test, method or function) is refused when the
+ * template is read, naming it and its line: a template that is rendered nearly right is a training bug that nobody
+ * sees.
  *
- * <p>The template comes with the model, perhaps from a stranger. It can compute text and nothing else, and how much it may compute
- * is limited.
+ * <p>The template comes with the model, perhaps from a stranger. It can compute text and nothing else, and how much
+ * it may compute is limited.
  *
  * <p>Immutable and safe for use by several threads.
  */
@@ -27,7 +29,8 @@ public final class ChatTemplate {
     private final Map<String, Object> constants;
     private final TemplateFunctions functions;
 
-    private ChatTemplate(String source, List<TemplateStatement> statements, Map<String, Object> constants, TemplateFunctions functions) {
+    private ChatTemplate(String source, List<TemplateStatement> statements, Map<String, Object> constants,
+            TemplateFunctions functions) {
         this.source = source;
         this.statements = statements;
         this.constants = constants;
@@ -47,9 +50,11 @@ public final class ChatTemplate {
         return parse(source, template, specialTokens, new TemplateFunctions(LocalDateTime::now));
     }
 
-    static ChatTemplate parse(String source, String template, Map<String, String> specialTokens, TemplateFunctions functions) {
+    static ChatTemplate parse(String source, String template, Map<String, String> specialTokens,
+            TemplateFunctions functions) {
         if (template.length() > LARGEST) {
-            throw new ModelFormatException(source + ": chat template: expected at most " + LARGEST + " characters, found "
+            throw new ModelFormatException(source + ": chat template: expected at most " + LARGEST
+                    + " characters, found "
                     + template.length());
         }
         return new ChatTemplate(source, TemplateParser.parse(source, template), Map.copyOf(specialTokens), functions);
@@ -60,10 +65,11 @@ public final class ChatTemplate {
      *
      * @param messages its turns, in order
      * @param addGenerationPrompt whether the text ends with the beginning of the model's next turn
-     * @param extra further variables of the template, such as {@code enable_thinking} or {@code tools}: strings, numbers, booleans, null,
-     *     lists and maps of these
+     * @param extra further variables of the template, such as {@code enable_thinking} or {@code tools}: strings,
+     *     numbers, booleans, null, lists and maps of these
      * @return the text
-     * @throws IllegalArgumentException when the template refuses the conversation ({@code raise_exception}), with its reason
+     * @throws IllegalArgumentException when the template refuses the conversation ({@code raise_exception}), with
+     *     its reason
      * @throws ModelFormatException naming the line, when the template fails
      */
     public String render(List<ChatMessage> messages, boolean addGenerationPrompt, Map<String, Object> extra) {

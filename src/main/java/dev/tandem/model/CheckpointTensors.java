@@ -13,10 +13,10 @@ import org.jspecify.annotations.Nullable;
 /**
  * Finds in a checkpoint the tensors that a model needs.
  *
- * <p>Checkpoints of one family differ in three harmless ways, and only these are forgiven: a model exported without its head drops the
- * prefix {@code model.} from all names; a tied LM head may be stored beside the embeddings (or instead of them); and old exports
- * carry {@code rotary_emb.inv_freq}, which follows from the config. Anything else that is missing, left over or of another shape means
- * that config and weights do not belong together.
+ * <p>Checkpoints of one family differ in three harmless ways, and only these are forgiven: a model exported without
+ * its head drops the prefix {@code model.} from all names; a tied LM head may be stored beside the embeddings (or
+ * instead of them); and old exports carry {@code rotary_emb.inv_freq}, which follows from the config. Anything else
+ * that is missing, left over or of another shape means that config and weights do not belong together.
  */
 final class CheckpointTensors {
     private static final String PREFIX = "model.";
@@ -54,7 +54,8 @@ final class CheckpointTensors {
             checkTensor(parameter.shape(), tensor, checkpoint);
             matched.put(parameter.name(), tensor);
             used.add(name);
-            if (tied && parameter.role() == ParameterRole.EMBED_TOKENS && checkpoint.contains(LM_HEAD) && used.add(LM_HEAD)) {
+            if (tied && parameter.role() == ParameterRole.EMBED_TOKENS && checkpoint.contains(LM_HEAD)
+                    && used.add(LM_HEAD)) {
                 checkTensor(parameter.shape(), checkpoint.tensor(LM_HEAD), checkpoint);
             }
         }
@@ -84,7 +85,8 @@ final class CheckpointTensors {
 
     private static void checkTensor(long[] shape, TensorEntry tensor, Safetensors checkpoint) {
         if (!Arrays.equals(shape, tensor.shape())) {
-            throw new ModelFormatException(checkpoint.file(tensor.name()) + ": tensor " + tensor.name() + ": config.json asks for shape "
+            throw new ModelFormatException(checkpoint.file(tensor.name()) + ": tensor " + tensor.name()
+                    + ": config.json asks for shape "
                     + Arrays.toString(shape) + ", found " + Arrays.toString(tensor.shape()));
         }
         if (!tensor.dtype().floating() || tensor.dtype() == DType.FLOAT64) {
@@ -95,7 +97,8 @@ final class CheckpointTensors {
 
     private static String some(List<String> names) {
         return names.size() == 1 ? "tensor " + StrictJson.brief(names.getFirst()) + " is"
-                : names.size() + " tensors (" + StrictJson.brief(String.join(", ", names.subList(0, Math.min(3, names.size()))))
+                : names.size() + " tensors (" + StrictJson.brief(String.join(", ",
+                        names.subList(0, Math.min(3, names.size()))))
                         + (names.size() > 3 ? ", …" : "") + ") are";
     }
 }

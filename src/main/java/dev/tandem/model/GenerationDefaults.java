@@ -11,8 +11,8 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * How a model's authors advise to sample from it: {@code generation_config.json}. What the file does not say is null (or empty), so that
- * whoever samples can tell advice from absence.
+ * How a model's authors advise to sample from it: {@code generation_config.json}. What the file does not say is null
+ * (or empty), so that whoever samples can tell advice from absence.
  *
  * @param eosTokenIds tokens that end a generation
  * @param padTokenId the token for padding
@@ -23,7 +23,8 @@ import org.jspecify.annotations.Nullable;
  * @param repetitionPenalty divides positive and multiplies negative logits of tokens already seen
  */
 public record GenerationDefaults(List<Integer> eosTokenIds, @Nullable Integer padTokenId, @Nullable Boolean doSample,
-        @Nullable Double temperature, @Nullable Integer topK, @Nullable Double topP, @Nullable Double repetitionPenalty) {
+        @Nullable Double temperature, @Nullable Integer topK, @Nullable Double topP,
+                @Nullable Double repetitionPenalty) {
     private static final String FILE = "generation_config.json";
 
     /** Copies the list. */
@@ -58,8 +59,10 @@ public record GenerationDefaults(List<Integer> eosTokenIds, @Nullable Integer pa
 
     private static @Nullable Double positive(JsonFields fields, String name, boolean orZero, double most) {
         Double value = fields.optionalNumber(name);
-        if (value != null && !(value > 0 || orZero && value == 0) || value != null && value > most) {
-            throw fields.wrong(name, orZero ? "a number of at least 0" : "a number above 0" + (most == 1 ? " and at most 1" : ""));
+        boolean enough = value == null || value > 0 || (orZero && value == 0);
+        if (!enough || (value != null && value > most)) {
+            throw fields.wrong(name, orZero ? "a number of at least 0" : "a number above 0"
+                    + (most == 1 ? " and at most 1" : ""));
         }
         return value;
     }

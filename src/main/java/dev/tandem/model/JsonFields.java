@@ -10,8 +10,9 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The fields of one JSON object, taken by type. Every failure is a {@link ModelFormatException} with file, field, what was expected and
- * what was found. Null counts as absent; {@link #isNull} tells the two apart where a family gives them different meanings.
+ * The fields of one JSON object, taken by type. Every failure is a {@link ModelFormatException} with file, field,
+ * what was expected and what was found. Null counts as absent; {@link #isNull} tells the two apart where a family
+ * gives them different meanings.
  *
  * @param source the file, and where in it, for messages
  * @param object the fields
@@ -175,7 +176,8 @@ record JsonFields(String source, JsonObject object) {
     /** {@return the number, or Long.MIN_VALUE when the text is no whole number of at most 18 digits} */
     static long wholeNumber(String text) {
         int digits = text.startsWith("-") ? text.length() - 1 : text.length();
-        return digits >= 1 && digits <= 18 && text.chars().skip(text.length() - digits).allMatch(c -> c >= '0' && c <= '9')
+        return digits >= 1 && digits <= 18 && text.chars().skip(text.length() - digits).allMatch(c -> c >= '0'
+                && c <= '9')
                 ? Long.parseLong(text) : Long.MIN_VALUE;
     }
 }

@@ -5,8 +5,9 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Llama and the families that copied its layout (Touvron et al., 2023; Qwen2 and Qwen3 technical reports). They differ in a few
- * biases, the norm over query and key heads, and the defaults of absent fields; those differences are the fields below.
+ * Llama and the families that copied its layout (Touvron et al., 2023; Qwen2 and Qwen3 technical reports). They
+ * differ in a few biases, the norm over query and key heads, and the defaults of absent fields; those differences are
+ * the fields below.
  */
 final class LlamaFormat extends FamilyFormat {
     /** Whether biases are there: always, never, or as a field says. */
@@ -111,7 +112,7 @@ final class LlamaFormat extends FamilyFormat {
     }
 
     private static boolean bias(Bias bias, JsonFields fields, String field) {
-        return bias == Bias.ALWAYS || bias == Bias.FIELD && fields.flag(field, false);
+        return bias == Bias.ALWAYS || (bias == Bias.FIELD && fields.flag(field, false));
     }
 
     /** A window as wide as the context hides nothing; a narrower one would change what the model computes. */
@@ -121,10 +122,11 @@ final class LlamaFormat extends FamilyFormat {
                 ? fields.flag("use_sliding_window", false) && fields.size("max_window_layers", 28) < builder.layers
                 : layerTypes.stream().anyMatch(type -> !type.equals("full_attention"));
         boolean disabled = fields.isNull("sliding_window") || !fields.flag("use_sliding_window", false);
-        if (windowed && (!layerTypes.isEmpty() && disabled || fields.size("sliding_window", 4096) < builder.maxPositions)) {
+        boolean unknown = !layerTypes.isEmpty() && disabled;
+        if (windowed && (unknown || fields.size("sliding_window", 4096) < builder.maxPositions)) {
             throw fields.wrong(layerTypes.isEmpty() ? "use_sliding_window" : "layer_types",
-                    "attention over the whole context (sliding-window layers are not supported; to use the model within its window, "
-                            + "set max_position_embeddings to it)");
+                    "attention over the whole context (sliding-window layers are not supported; to use the model within"
+                            + " its window, set max_position_embeddings to it)");
         }
     }
 

@@ -6,8 +6,9 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * A decoder-only transformer as data: everything that the decoder, the weight layout and the KV cache need to know, and nothing that
- * is particular to a family. Two families that compute the same thing have equal configs but for {@code architecture}.
+ * A decoder-only transformer as data: everything that the decoder, the weight layout and the KV cache need to know,
+ * and nothing that is particular to a family. Two families that compute the same thing have equal configs but for
+ * {@code architecture}.
  *
  * @param architecture the family, which knows how files spell this config
  * @param vocabSize rows of the embedding table
@@ -21,7 +22,8 @@ import org.jspecify.annotations.Nullable;
  * @param norm the kind of norm
  * @param normEps added to the norm's variance
  * @param normAffine whether norms have a weight (and a bias, for layer norms)
- * @param normFirst true when a block's norm comes before it (pre-norm), false when it follows the residual sum (post-norm)
+ * @param normFirst true when a block's norm comes before it (pre-norm), false when it follows the residual sum
+ *     (post-norm)
  * @param finalNorm whether a norm follows the last layer
  * @param activation non-linearity of the feed-forward block
  * @param gatedMlp {@code down(act(gate x) * up x)} when true, {@code down(act(up x))} when false
@@ -36,9 +38,11 @@ import org.jspecify.annotations.Nullable;
  * @param eosTokenIds tokens that end a generation; may be empty
  * @param padTokenId the token for padding, if there is one
  */
-public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSize, int layers, int heads, int kvHeads, int headDim,
+public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSize, int layers, int heads, int kvHeads,
+        int headDim,
         int intermediateSize, int maxPositions, Norm norm, double normEps, boolean normAffine, boolean normFirst,
-        boolean finalNorm, Activation activation, boolean gatedMlp, boolean qkvBias, boolean outputBias, boolean mlpBias,
+        boolean finalNorm, Activation activation, boolean gatedMlp, boolean qkvBias, boolean outputBias,
+                boolean mlpBias,
         boolean qkNorm, Positions positions, int embeddingSize, boolean tiedEmbeddings, @Nullable Integer bosTokenId,
         List<Integer> eosTokenIds, @Nullable Integer padTokenId) {
 
@@ -55,10 +59,12 @@ public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSi
         requireSize("maxPositions", maxPositions, 1 << 28);
         requireSize("embeddingSize", embeddingSize, 1 << 24);
         if (heads % kvHeads != 0) {
-            throw new IllegalArgumentException("ModelConfig.kvHeads: expected a divisor of the " + heads + " heads, found " + kvHeads);
+            throw new IllegalArgumentException("ModelConfig.kvHeads: expected a divisor of the " + heads
+                    + " heads, found " + kvHeads);
         }
         if (positions instanceof Positions.Rope && headDim % 2 != 0) {
-            throw new IllegalArgumentException("ModelConfig.headDim: rotary positions need an even number, found " + headDim);
+            throw new IllegalArgumentException("ModelConfig.headDim: rotary positions need an even number, found "
+                    + headDim);
         }
         if ((long) heads * headDim > 1 << 24) {
             throw new IllegalArgumentException("ModelConfig.headDim: heads * headDim is " + (long) heads * headDim
@@ -74,14 +80,16 @@ public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSi
 
     private static void requireSize(String name, int value, int limit) {
         if (value < 1 || value > limit) {
-            throw new IllegalArgumentException("ModelConfig." + name + ": expected a number from 1 to " + limit + ", found " + value);
+            throw new IllegalArgumentException("ModelConfig." + name + ": expected a number from 1 to " + limit
+                    + ", found " + value);
         }
     }
 
     /** Only the sign: published configs do name ids outside their vocabulary (a pad token that was never added). */
     private static void requireToken(String name, @Nullable Integer id) {
         if (id != null && id < 0) {
-            throw new IllegalArgumentException("ModelConfig." + name + ": expected a token id of at least 0, found " + id);
+            throw new IllegalArgumentException("ModelConfig." + name + ": expected a token id of at least 0, found "
+                    + id);
         }
     }
 
@@ -97,9 +105,11 @@ public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSi
      * @param maxPositions the longest context in tokens
      * @return the config
      */
-    public static ModelConfig llama(int vocabSize, int hiddenSize, int layers, int heads, int kvHeads, int intermediateSize,
+    public static ModelConfig llama(int vocabSize, int hiddenSize, int layers, int heads, int kvHeads,
+            int intermediateSize,
             int maxPositions) {
-        return sized(Architecture.LLAMA, vocabSize, hiddenSize, layers, heads, kvHeads, intermediateSize, maxPositions).build();
+        return sized(Architecture.LLAMA, vocabSize, hiddenSize, layers, heads, kvHeads, intermediateSize,
+                maxPositions).build();
     }
 
     /**
@@ -114,16 +124,19 @@ public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSi
      * @param maxPositions the longest context in tokens
      * @return the config
      */
-    public static ModelConfig qwen3(int vocabSize, int hiddenSize, int layers, int heads, int kvHeads, int intermediateSize,
+    public static ModelConfig qwen3(int vocabSize, int hiddenSize, int layers, int heads, int kvHeads,
+            int intermediateSize,
             int maxPositions) {
         ModelConfigBuilder builder =
-                sized(Architecture.QWEN3, vocabSize, hiddenSize, layers, heads, kvHeads, intermediateSize, maxPositions);
+                sized(Architecture.QWEN3, vocabSize, hiddenSize, layers, heads, kvHeads, intermediateSize,
+                        maxPositions);
         builder.qkNorm = true;
         builder.tiedEmbeddings = true;
         return builder.build();
     }
 
-    private static ModelConfigBuilder sized(Architecture architecture, int vocabSize, int hiddenSize, int layers, int heads,
+    private static ModelConfigBuilder sized(Architecture architecture, int vocabSize, int hiddenSize, int layers,
+            int heads,
             int kvHeads, int intermediateSize, int maxPositions) {
         if (heads < 1 || hiddenSize % heads != 0) {
             throw new IllegalArgumentException("ModelConfig.heads: expected a divisor of the hidden size " + hiddenSize
@@ -168,40 +181,55 @@ public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSi
         return Architecture.parameters(this);
     }
 
-    /** @param value rows of the embedding table
-     * @return a changed copy */
+    /**
+     * {@return a changed copy}
+     *
+     * @param value rows of the embedding table
+     */
     public ModelConfig withVocabSize(int value) {
         ModelConfigBuilder builder = new ModelConfigBuilder(this);
         builder.vocabSize = value;
         return builder.build();
     }
 
-    /** @param value the longest context in tokens
-     * @return a changed copy */
+    /**
+     * {@return a changed copy}
+     *
+     * @param value the longest context in tokens
+     */
     public ModelConfig withMaxPositions(int value) {
         ModelConfigBuilder builder = new ModelConfigBuilder(this);
         builder.maxPositions = value;
         return builder.build();
     }
 
-    /** @param value channels of a head
-     * @return a changed copy */
+    /**
+     * {@return a changed copy}
+     *
+     * @param value channels of a head
+     */
     public ModelConfig withHeadDim(int value) {
         ModelConfigBuilder builder = new ModelConfigBuilder(this);
         builder.headDim = value;
         return builder.build();
     }
 
-    /** @param value how positions enter
-     * @return a changed copy */
+    /**
+     * {@return a changed copy}
+     *
+     * @param value how positions enter
+     */
     public ModelConfig withPositions(Positions value) {
         ModelConfigBuilder builder = new ModelConfigBuilder(this);
         builder.positions = value;
         return builder.build();
     }
 
-    /** @param value whether the LM head is the embedding table
-     * @return a changed copy */
+    /**
+     * {@return a changed copy}
+     *
+     * @param value whether the LM head is the embedding table
+     */
     public ModelConfig withTiedEmbeddings(boolean value) {
         ModelConfigBuilder builder = new ModelConfigBuilder(this);
         builder.tiedEmbeddings = value;
@@ -209,10 +237,11 @@ public record ModelConfig(Architecture architecture, int vocabSize, int hiddenSi
     }
 
     /**
+     * {@return a changed copy}
+     *
      * @param bos the token that starts a text, or null
      * @param eos tokens that end a generation
      * @param pad the token for padding, or null
-     * @return a changed copy
      */
     public ModelConfig withSpecialTokens(@Nullable Integer bos, List<Integer> eos, @Nullable Integer pad) {
         ModelConfigBuilder builder = new ModelConfigBuilder(this);

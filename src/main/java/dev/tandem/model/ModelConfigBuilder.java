@@ -4,8 +4,8 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Twenty-six components are too many to pass by position, so whoever makes a {@link ModelConfig} fills these fields by name. They
- * start as what the Llama pattern has.
+ * Twenty-six components are too many to pass by position, so whoever makes a {@link ModelConfig} fills these fields
+ * by name. They start as what the Llama pattern has.
  */
 final class ModelConfigBuilder {
     final Architecture architecture;
@@ -69,8 +69,10 @@ final class ModelConfigBuilder {
     }
 
     ModelConfig build() {
-        return new ModelConfig(architecture, vocabSize, hiddenSize, layers, heads, kvHeads, headDim, intermediateSize, maxPositions,
-                norm, normEps, normAffine, normFirst, finalNorm, activation, gatedMlp, qkvBias, outputBias, mlpBias, qkNorm,
+        return new ModelConfig(architecture, vocabSize, hiddenSize, layers, heads, kvHeads, headDim, intermediateSize,
+                maxPositions,
+                norm, normEps, normAffine, normFirst, finalNorm, activation, gatedMlp, qkvBias, outputBias, mlpBias,
+                        qkNorm,
                 positions, embeddingSize, tiedEmbeddings, bosTokenId, eosTokenIds, padTokenId);
     }
 }

@@ -4,8 +4,9 @@ import com.google.gson.JsonObject;
 import java.util.List;
 
 /**
- * OPT (Zhang et al., 2022). Its 350M checkpoint is the odd one out and the reason for several components of {@link ModelConfig}: norms
- * follow the residual sum, none follows the last layer, and embeddings are narrower than the model.
+ * OPT (Zhang et al., 2022). Its 350M checkpoint is the odd one out and the reason for several components of {@link
+ * ModelConfig}: norms follow the residual sum, none follows the last layer, and embeddings are narrower than the
+ * model.
  */
 final class OptFormat extends FamilyFormat {
 

@@ -4,8 +4,8 @@ package dev.tandem.model;
 public sealed interface Positions {
 
     /**
-     * Rotary position embedding (Su et al., 2021): each pair of a head's channels (i, i + headDim / 2) is turned by an angle that
-     * grows with the position.
+     * Rotary position embedding (Su et al., 2021): each pair of a head's channels (i, i + headDim / 2) is turned by
+     * an angle that grows with the position.
      *
      * @param theta the base of the frequencies
      * @param scaling how the frequencies are stretched beyond the context they were trained for
@@ -24,8 +24,9 @@ public sealed interface Positions {
         }
 
         /**
+         * {@return headDim / 2 angles per position step, in radians, each a float32 value}
+         *
          * @param headDim channels of a head, even
-         * @return headDim / 2 angles per position step, in radians, each a float32 value
          */
         public double[] inverseFrequencies(int headDim) {
             return scaling.inverseFrequencies(theta, headDim);
@@ -46,7 +47,8 @@ public sealed interface Positions {
         /** Checks the offset. */
         public Learned {
             if (offset < 0 || offset > 1024) {
-                throw new IllegalArgumentException("learned positions: expected an offset from 0 to 1024, found " + offset);
+                throw new IllegalArgumentException("learned positions: expected an offset from 0 to 1024, found "
+                        + offset);
             }
         }
     }

@@ -6,16 +6,17 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Python's idea of text, where it is not Java's: what counts as whitespace, strings as code points, how strings and floats are written
- * in source and in output. Chat templates are written against it.
+ * Python's idea of text, where it is not Java's: what counts as whitespace, strings as code points, how strings and
+ * floats are written in source and in output. Chat templates are written against it.
  */
 final class PythonText {
     private PythonText() {}
 
     /** As {@code str.isspace}; all of these are in the basic plane. */
     static boolean isSpace(char c) {
-        return c >= 9 && c <= 13 || c >= 28 && c <= 32 || c == 0x85 || c == 0xa0 || c == 0x1680 || c >= 0x2000 && c <= 0x200a
-                || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+        return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xa0 || c == 0x1680
+                || (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f
+                || c == 0x3000;
     }
 
     static boolean isBlank(String text) {
@@ -40,7 +41,8 @@ final class PythonText {
     }
 
     private static boolean strippable(int codePoint, @Nullable String characters) {
-        return characters == null ? codePoint <= 0xffff && isSpace((char) codePoint) : characters.indexOf(codePoint) >= 0;
+        return characters == null ? codePoint <= 0xffff && isSpace((char) codePoint)
+                : characters.indexOf(codePoint) >= 0;
     }
 
     /** As {@code str.split()}: at runs of whitespace, without empty parts. */
@@ -113,7 +115,8 @@ final class PythonText {
     private static String codePoint(String literal, int begin, int digits) {
         String hex = literal.substring(begin, Math.min(literal.length(), begin + digits));
         if (!hex.matches("[0-9a-fA-F]{" + digits + "}") || Long.parseLong(hex, 16) > Character.MAX_CODE_POINT) {
-            throw new IllegalArgumentException("a string has the malformed escape \\" + literal.charAt(begin - 1) + hex);
+            throw new IllegalArgumentException("a string has the malformed escape \\" + literal.charAt(begin - 1)
+                    + hex);
         }
         return Character.toString(Integer.parseInt(hex, 16));
     }
@@ -127,7 +130,7 @@ final class PythonText {
             return value > 0 ? "inf" : "-inf";
         }
         double size = Math.abs(value);
-        if (size == 0 || size >= 1e-4 && size < 1e16) {
+        if (size == 0 || (size >= 1e-4 && size < 1e16)) {
             String plain = size == 0 ? Double.toString(value) : new BigDecimal(Double.toString(value)).toPlainString();
             return plain.contains(".") ? plain : plain + ".0";
         }
@@ -150,7 +153,7 @@ final class PythonText {
                 default -> {
                     if (c == quote) {
                         out.append('\\').append(quote);
-                    } else if (c < 32 || c >= 127 && c < 161 || c == 0xad) {
+                    } else if (c < 32 || (c >= 127 && c < 161) || c == 0xad) {
                         out.append("\\x%02x".formatted(c));
                     } else if (printable(c)) {
                         out.appendCodePoint(c);

@@ -5,9 +5,10 @@ import com.google.gson.JsonObject;
 import org.jspecify.annotations.Nullable;
 
 /**
- * How config.json spells rotary positions. transformers 5 keeps everything in {@code rope_parameters}; before, the base stood at the top
- * as {@code rope_theta} and the rest in {@code rope_scaling}, whose kind was first called {@code type}. All are read, with the precedence
- * of transformers; the older spelling is written, because both generations read it.
+ * How config.json spells rotary positions. transformers 5 keeps everything in {@code rope_parameters}; before, the
+ * base stood at the top as {@code rope_theta} and the rest in {@code rope_scaling}, whose kind was first called
+ * {@code type}. All are read, with the precedence of transformers; the older spelling is written, because both
+ * generations read it.
  */
 final class RopeFormat {
     private RopeFormat() {}
@@ -26,7 +27,8 @@ final class RopeFormat {
                 throw each.wrong("partial_rotary_factor", "1 (partly rotated heads are not supported)");
             }
         }
-        return new Positions.Rope(theta, scaling == null ? new RopeScaling.None() : scaling(fields, scaling, maxPositions));
+        return new Positions.Rope(theta, scaling == null ? new RopeScaling.None()
+                : scaling(fields, scaling, maxPositions));
     }
 
     private static RopeScaling scaling(JsonFields fields, JsonFields scaling, int maxPositions) {
@@ -40,7 +42,8 @@ final class RopeFormat {
             case "llama3" -> new RopeScaling.Llama3(required(scaling, "factor"), required(scaling, "low_freq_factor"),
                     required(scaling, "high_freq_factor"), original);
             case "yarn" -> new RopeScaling.Yarn(scaling.number("factor", (double) maxPositions / original), original,
-                    orDefault(scaling.optionalNumber("beta_fast"), 32), orDefault(scaling.optionalNumber("beta_slow"), 1),
+                    orDefault(scaling.optionalNumber("beta_fast"), 32),
+                            orDefault(scaling.optionalNumber("beta_slow"), 1),
                     scaling.optionalNumber("attention_factor"), scaling.optionalNumber("mscale"),
                     scaling.optionalNumber("mscale_all_dim"), scaling.flag("truncate", true));
             default -> throw scaling.wrong(field, "one of default, linear, llama3, yarn");
@@ -61,7 +64,8 @@ final class RopeFormat {
 
     static void write(Positions positions, JsonObject json) {
         if (!(positions instanceof Positions.Rope(double theta, RopeScaling scaling))) {
-            throw new IllegalArgumentException("ModelConfig.positions: this family has rotary positions, found " + positions);
+            throw new IllegalArgumentException("ModelConfig.positions: this family has rotary positions, found "
+                    + positions);
         }
         json.addProperty("rope_theta", theta);
         switch (scaling) {

@@ -5,16 +5,17 @@ import org.jspecify.annotations.Nullable;
 /**
  * How rotary frequencies are stretched to a longer context.
  *
- * <p>The arithmetic follows transformers ({@code modeling_rope_utils.py}) down to its rounding: frequencies are made in float32 step
- * by step, even in a float64 model, and at position 100,000 one unit in the last place of a frequency is already a visible angle.
- * A cleaner computation in double precision would be a different model.
+ * <p>The arithmetic follows transformers ({@code modeling_rope_utils.py}) down to its rounding: frequencies are made
+ * in float32 step by step, even in a float64 model, and at position 100,000 one unit in the last place of a frequency
+ * is already a visible angle. A cleaner computation in double precision would be a different model.
  */
 public sealed interface RopeScaling {
 
     /**
+     * {@return headDim / 2 angles per position step, each a float32 value}
+     *
      * @param theta the base
      * @param headDim channels of a head, even
-     * @return headDim / 2 angles per position step, each a float32 value
      */
     double[] inverseFrequencies(double theta, int headDim);
 
@@ -73,8 +74,8 @@ public sealed interface RopeScaling {
             requirePositive("high_freq_factor", highFrequencyFactor);
             requirePositive("original_max_position_embeddings", originalMaxPositions);
             if (highFrequencyFactor <= lowFrequencyFactor) {
-                throw new IllegalArgumentException("rope scaling: expected high_freq_factor above low_freq_factor, found "
-                        + highFrequencyFactor + " and " + lowFrequencyFactor);
+                throw new IllegalArgumentException("rope scaling: expected high_freq_factor above"
+                        + " low_freq_factor, found " + highFrequencyFactor + " and " + lowFrequencyFactor);
             }
         }
 
@@ -99,8 +100,8 @@ public sealed interface RopeScaling {
     }
 
     /**
-     * YaRN (Peng et al., 2023): channels that turn often keep their frequency, slow ones are interpolated, and attention gets a
-     * temperature.
+     * YaRN (Peng et al., 2023): channels that turn often keep their frequency, slow ones are interpolated, and
+     * attention gets a temperature.
      *
      * @param factor how much longer the context becomes
      * @param originalMaxPositions the context of pre-training
@@ -111,7 +112,8 @@ public sealed interface RopeScaling {
      * @param mscaleAllDim see {@code mscale}
      * @param truncate whether the blended range is widened to whole channels
      */
-    record Yarn(double factor, int originalMaxPositions, double betaFast, double betaSlow, @Nullable Double attentionFactor,
+    record Yarn(double factor, int originalMaxPositions, double betaFast, double betaSlow,
+            @Nullable Double attentionFactor,
             @Nullable Double mscale, @Nullable Double mscaleAllDim, boolean truncate) implements RopeScaling {
         /** Checks the numbers. */
         public Yarn {

@@ -23,12 +23,13 @@ import java.util.stream.Stream;
 /**
  * The tensors of one safetensors file, or of a folder's, memory-mapped.
  *
- * <p>Opening checks everything that the header says against the file, so that no tensor handed out can reach outside its bytes or share
- * them with another. The data itself is not read; pages come in as they are touched, and a file may be far larger than memory.
+ * <p>Opening checks everything that the header says against the file, so that no tensor handed out can reach outside
+ * its bytes or share them with another. The data itself is not read; pages come in as they are touched, and a file
+ * may be far larger than memory.
  *
- * <p>Safe for use by several threads. {@link #close} unmaps the files: every {@link TensorEntry#data} ends with it. A file that is
- * truncated while it is mapped makes the reading thread fail with an {@link InternalError}; Tandem replaces files by renaming, which
- * leaves mapped ones whole.
+ * <p>Safe for use by several threads. {@link #close} unmaps the files: every {@link TensorEntry#data} ends with it. A
+ * file that is truncated while it is mapped makes the reading thread fail with an {@link InternalError}; Tandem
+ * replaces files by renaming, which leaves mapped ones whole.
  *
  * <p>Format: <a href="https://huggingface.co/docs/safetensors">safetensors</a>.
  */
@@ -46,8 +47,8 @@ public final class Safetensors implements AutoCloseable {
     }
 
     /**
-     * Opens a file, or the weights of a folder: {@code model.safetensors}, else the shards that {@code model.safetensors.index.json}
-     * names, else the one file whose name ends in {@code .safetensors}.
+     * Opens a file, or the weights of a folder: {@code model.safetensors}, else the shards that {@code
+     * model.safetensors.index.json} names, else the one file whose name ends in {@code .safetensors}.
      *
      * @param fileOrFolder what to open
      * @return the tensors; the caller closes them
@@ -102,14 +103,16 @@ public final class Safetensors implements AutoCloseable {
         for (Map.Entry<String, JsonElement> entry : weightMap.object().entrySet()) {
             // A shard is a neighbour of its index: a path could lead anywhere.
             if (!(entry.getValue() instanceof JsonPrimitive shard) || !shard.isString()
-                    || !shard.getAsString().matches("[\\w.+-]{1,200}") || !shard.getAsString().endsWith(".safetensors")) {
+                    || !shard.getAsString().matches("[\\w.+-]{1,200}")
+                            || !shard.getAsString().endsWith(".safetensors")) {
                 throw weightMap.wrong(entry.getKey(), "the plain name of a .safetensors file");
             }
             shardOf.put(entry.getKey(), shard.getAsString());
         }
         for (String shard : new TreeSet<>(shardOf.values())) {
             if (!Files.exists(source.resolve(shard))) {
-                throw new ModelFormatException(index + ": the shard " + shard + " is missing from the folder; it should hold "
+                throw new ModelFormatException(index + ": the shard " + shard
+                        + " is missing from the folder; it should hold "
                         + Collections.frequency(shardOf.values(), shard) + " tensors");
             }
             map(source.resolve(shard));
@@ -117,7 +120,8 @@ public final class Safetensors implements AutoCloseable {
         shardOf.forEach((name, shard) -> {
             Path holder = files.get(name);
             if (holder == null || !holder.equals(source.resolve(shard))) {
-                throw new ModelFormatException(index + ": says that tensor " + StrictJson.brief(name) + " is in " + shard + ", found "
+                throw new ModelFormatException(index + ": says that tensor " + StrictJson.brief(name) + " is in "
+                        + shard + ", found "
                         + (holder == null ? "it in no shard" : "it in " + holder.getFileName()));
             }
         });
@@ -129,7 +133,8 @@ public final class Safetensors implements AutoCloseable {
             for (TensorEntry tensor : SafetensorsHeader.read(file, bytes)) {
                 Path other = files.putIfAbsent(tensor.name(), file);
                 if (other != null) {
-                    throw new ModelFormatException(file + ": tensor " + StrictJson.brief(tensor.name()) + " is also in " + other.getFileName());
+                    throw new ModelFormatException(file + ": tensor " + StrictJson.brief(tensor.name())
+                            + " is also in " + other.getFileName());
                 }
                 tensors.put(tensor.name(), tensor);
             }
@@ -151,30 +156,35 @@ public final class Safetensors implements AutoCloseable {
     }
 
     /**
+     * {@return whether there is such a tensor}
+     *
      * @param name a tensor's name
-     * @return whether there is such a tensor
      */
     public boolean contains(String name) {
         return tensors.containsKey(name);
     }
 
     /**
+     * {@return the tensor}
+     *
      * @param name a tensor's name
-     * @return the tensor
      * @throws ModelFormatException when there is no such tensor
      */
     public TensorEntry tensor(String name) {
         TensorEntry tensor = tensors.get(name);
         if (tensor == null) {
-            throw new ModelFormatException(source + ": tensor " + name + " is missing; found " + tensors.size() + " tensors"
-                    + tensors.keySet().stream().limit(3).map(StrictJson::brief).collect(Collectors.joining(", ", " (", ", …)")));
+            throw new ModelFormatException(source + ": tensor " + name + " is missing; found " + tensors.size()
+                    + " tensors"
+                    + tensors.keySet().stream().limit(3).map(StrictJson::brief).collect(Collectors.joining(", ", " (",
+                            ", …)")));
         }
         return tensor;
     }
 
     /**
+     * {@return the file it lies in}
+     *
      * @param name the name of one of these tensors
-     * @return the file it lies in
      */
     public Path file(String name) {
         Path file = files.get(name);

@@ -17,12 +17,13 @@ import java.util.Set;
 import java.util.stream.Collectors;
 
 /**
- * The header of a safetensors file: eight bytes of length, then JSON that gives each tensor's dtype, shape and byte range.
+ * The header of a safetensors file: eight bytes of length, then JSON that gives each tensor's dtype, shape and byte
+ * range.
  *
- * <p>The file may come from anywhere, so the header is believed only as far as it can be checked. The length must fit the file (and the
- * 100 MB that the reference implementation allows) before anything is allocated for it; a range must lie in the file, have exactly the
- * size that shape and dtype give, and all ranges together must cover the data once, without holes or overlap. A hole could carry
- * anything; an overlap would make two parameters one.
+ * <p>The file may come from anywhere, so the header is believed only as far as it can be checked. The length must fit
+ * the file (and the 100 MB that the reference implementation allows) before anything is allocated for it; a range
+ * must lie in the file, have exactly the size that shape and dtype give, and all ranges together must cover the data
+ * once, without holes or overlap. A hole could carry anything; an overlap would make two parameters one.
  */
 final class SafetensorsHeader {
     private static final ValueLayout.OfLong LENGTH =
@@ -38,13 +39,15 @@ final class SafetensorsHeader {
 
     static List<TensorEntry> read(Path file, MemorySegment bytes) {
         if (bytes.byteSize() < 8) {
-            throw new ModelFormatException(file + ": expected at least the 8 bytes of a header length, found " + bytes.byteSize()
+            throw new ModelFormatException(file + ": expected at least the 8 bytes of a header length, found "
+                    + bytes.byteSize()
                     + " bytes");
         }
         long length = bytes.get(LENGTH, 0);
         long rest = bytes.byteSize() - 8;
         if (length < 2 || length > LONGEST || length > rest) {
-            throw new ModelFormatException(file + ": the header's length is " + Long.toUnsignedString(length) + " bytes, expected from 2 to "
+            throw new ModelFormatException(file + ": the header's length is " + Long.toUnsignedString(length)
+                    + " bytes, expected from 2 to "
                     + Math.min(rest, LONGEST) + " (the file has " + bytes.byteSize() + ")");
         }
         if (bytes.get(ValueLayout.JAVA_BYTE, 8) != '{') {
@@ -95,7 +98,8 @@ final class SafetensorsHeader {
         }
         long size = size(fields, shape, dtype);
         if (offsets[1] - offsets[0] != size) {
-            throw new ModelFormatException(fields.source() + ": shape " + Arrays.toString(shape) + " of " + dtype.safetensorsName()
+            throw new ModelFormatException(fields.source() + ": shape " + Arrays.toString(shape) + " of "
+                    + dtype.safetensorsName()
                     + " needs " + size + " bytes, data_offsets span " + (offsets[1] - offsets[0]));
         }
         return new Range(name, dtype, shape, offsets[0], offsets[1]);
@@ -122,7 +126,8 @@ final class SafetensorsHeader {
             values[i] = array.get(i) instanceof JsonPrimitive primitive && primitive.isNumber()
                     ? JsonFields.wholeNumber(primitive.getAsString()) : -1;
             if (values[i] < 0) {
-                throw new ModelFormatException(fields.source() + ": field \"" + name + "\": expected whole numbers from 0 to 10^18, found "
+                throw new ModelFormatException(fields.source() + ": field \"" + name
+                        + "\": expected whole numbers from 0 to 10^18, found "
                         + StrictJson.brief(array.get(i)));
             }
         }
@@ -148,7 +153,8 @@ final class SafetensorsHeader {
         long position = 0;
         for (Range range : ordered) {
             if (range.begin != position) {
-                throw new ModelFormatException(file + ": tensor " + StrictJson.brief(range.name) + " begins at byte " + range.begin
+                throw new ModelFormatException(file + ": tensor " + StrictJson.brief(range.name) + " begins at byte "
+                        + range.begin
                         + (range.begin < position ? " and overlaps the tensor before it, which ends at "
                                 : ", which leaves a hole after byte ") + position);
             }

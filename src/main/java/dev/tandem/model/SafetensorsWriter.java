@@ -19,15 +19,17 @@ import java.util.Set;
 import java.util.stream.Stream;
 
 /**
- * Writes tensors as safetensors: one {@code model.safetensors}, or shards with an index when they exceed a size, named as transformers
- * names them. Tensors are streamed, so no more than one piece of one tensor is held here.
+ * Writes tensors as safetensors: one {@code model.safetensors}, or shards with an index when they exceed a size,
+ * named as transformers names them. Tensors are streamed, so no more than one piece of one tensor is held here.
  *
- * <p>Every file is written under a temporary name. Only when all are whole on disk are they renamed into place, the index last, and files
- * of an earlier save that no longer belong are removed; a failure before that leaves the earlier save as it was.
+ * <p>Every file is written under a temporary name. Only when all are whole on disk are they renamed into place, the
+ * index last, and files of an earlier save that no longer belong are removed; a failure before that leaves the
+ * earlier save as it was.
  */
 public final class SafetensorsWriter {
     private static final String INDEX = "model.safetensors.index.json";
-    private static final String OWN_FILES = "model(-\\d{5}-of-\\d{5})?\\.safetensors|model\\.safetensors\\.index\\.json";
+    private static final String OWN_FILES =
+            "model(-\\d{5}-of-\\d{5})?\\.safetensors|model\\.safetensors\\.index\\.json";
 
     /** Gives a tensor's elements. */
     @FunctionalInterface
@@ -136,7 +138,8 @@ public final class SafetensorsWriter {
     private static void removeOthers(Path folder, Map<Path, Path> prepared, boolean indexed) {
         try (Stream<Path> listing = Files.list(folder)) {
             for (Path file : listing.filter(path -> path.getFileName().toString().matches(OWN_FILES)).toList()) {
-                boolean current = prepared.containsValue(file) || indexed && file.getFileName().toString().equals(INDEX);
+                boolean current = prepared.containsValue(file)
+                        || (indexed && file.getFileName().toString().equals(INDEX));
                 if (!current) {
                     Files.delete(file);
                 }
@@ -169,7 +172,8 @@ public final class SafetensorsWriter {
         long position = 0;
         for (Tensor tensor : tensors) {
             if (!names.add(tensor.name)) {
-                throw new IllegalArgumentException("Writing safetensors: the name " + tensor.name + " is given twice or reserved");
+                throw new IllegalArgumentException("Writing safetensors: the name " + tensor.name
+                        + " is given twice or reserved");
             }
             JsonArray shape = new JsonArray();
             for (long dimension : tensor.shape) {

@@ -21,9 +21,9 @@ import java.nio.file.NoSuchFileException;
 import java.nio.file.Path;
 
 /**
- * JSON as RFC 8259 has it and no more. A JSON library's defaults are made to be forgiving: comments, NaN, bare words, the last of two
- * equal names, any nesting until the stack ends. In a file that says which bytes are which weights, each of these is a way to read
- * something other than what the writer meant, so each is an error that names the file.
+ * JSON as RFC 8259 has it and no more. A JSON library's defaults are made to be forgiving: comments, NaN, bare words,
+ * the last of two equal names, any nesting until the stack ends. In a file that says which bytes are which weights,
+ * each of these is a way to read something other than what the writer meant, so each is an error that names the file.
  */
 final class StrictJson {
     private static final int DEEPEST = 64;
@@ -79,7 +79,8 @@ final class StrictJson {
     }
 
     static ModelFormatException malformed(String source, Exception e) {
-        String reason = e instanceof MalformedJsonException || e instanceof IOException ? String.valueOf(e.getMessage()) : e.toString();
+        String reason = e instanceof MalformedJsonException || e instanceof IOException
+                ? String.valueOf(e.getMessage()) : e.toString();
         return new ModelFormatException(source + ": malformed JSON: " + reason.lines().findFirst().orElse(""), e);
     }
 
@@ -91,7 +92,8 @@ final class StrictJson {
                 while (reader.hasNext()) {
                     String name = reader.nextName();
                     if (object.has(name)) {
-                        throw new ModelFormatException(source + ": malformed JSON: the name \"" + brief(name) + "\" stands twice in one object");
+                        throw new ModelFormatException(source + ": malformed JSON: the name \"" + brief(name)
+                                + "\" stands twice in one object");
                     }
                     object.add(name, value(source, reader));
                 }
@@ -108,7 +110,8 @@ final class StrictJson {
                 yield array;
             }
             case STRING -> new JsonPrimitive(reader.nextString());
-            // Kept as it is written: what range it must have is the reader's business, and BigDecimal("1e999999999") is a trap.
+            // Kept as it is written: what range it must have is the reader's business, and BigDecimal("1e999999999")
+            // is a trap.
             case NUMBER -> new JsonPrimitive(ToNumberPolicy.LAZILY_PARSED_NUMBER.readNumber(reader));
             case BOOLEAN -> new JsonPrimitive(reader.nextBoolean());
             case NULL -> {
@@ -133,6 +136,7 @@ final class StrictJson {
     }
 
     static String print(JsonElement element) {
-        return new GsonBuilder().setPrettyPrinting().disableHtmlEscaping().serializeNulls().create().toJson(element) + "\n";
+        return new GsonBuilder().setPrettyPrinting().disableHtmlEscaping().serializeNulls().create().toJson(element)
+                + "\n";
     }
 }

@@ -66,7 +66,8 @@ final class TemplateArguments {
             return text;
         }
         throw value instanceof TemplateValues.Undefined undefined ? undefined.failure()
-                : new TemplateFailure(callee + ": the argument " + name + " must be a string, found " + TemplateValues.typeName(value));
+                : new TemplateFailure(callee + ": the argument " + name + " must be a string, found "
+                        + TemplateValues.typeName(value));
     }
 
     long integer(int index, String name, long whenAbsent) {
@@ -77,7 +78,8 @@ final class TemplateArguments {
         if (TemplateValues.number(value) instanceof Long number) {
             return number;
         }
-        throw new TemplateFailure(callee + ": the argument " + name + " must be an integer, found " + TemplateValues.typeName(value));
+        throw new TemplateFailure(callee + ": the argument " + name + " must be an integer, found "
+                + TemplateValues.typeName(value));
     }
 
     boolean flag(int index, String name, boolean whenAbsent) {
@@ -99,7 +101,8 @@ final class TemplateArguments {
 
     void done() {
         if (!named.isEmpty()) {
-            throw new TemplateFailure(callee + ": unknown argument " + StrictJson.brief(named.keySet().iterator().next()));
+            throw new TemplateFailure(callee + ": unknown argument "
+                    + StrictJson.brief(named.keySet().iterator().next()));
         }
         if (positional.size() > most) {
             throw new TemplateFailure(callee + ": takes at most " + most + " arguments, found " + positional.size());

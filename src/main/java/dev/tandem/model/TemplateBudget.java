@@ -1,11 +1,12 @@
 package dev.tandem.model;
 
 /**
- * What one rendering may spend. A template is a program out of a downloaded file: two lines of it can loop for a century or double a
- * string until memory ends. The limits are far above what a conversation of a million tokens needs.
+ * What one rendering may spend. A template is a program out of a downloaded file: two lines of it can loop for a
+ * century or double a string until memory ends. The limits are far above what a conversation of a million tokens
+ * needs.
  */
 final class TemplateBudget {
-    private static final long MOST_STEPS = 50_000_000;
+    private static final long MOST_STEPS = 20_000_000;
     private static final long MOST_CHARACTERS = 256 << 20;
     private static final int DEEPEST = 400;
     /** What an element of a list is charged. */

@@ -14,7 +14,8 @@ sealed interface TemplateExpression {
 
     record Listing(List<TemplateExpression> elements, boolean tuple, int line) implements TemplateExpression {}
 
-    record Dictionary(List<TemplateExpression> keys, List<TemplateExpression> values, int line) implements TemplateExpression {}
+    record Dictionary(List<TemplateExpression> keys, List<TemplateExpression> values,
+            int line) implements TemplateExpression {}
 
     /** {@code object.name}. */
     record Attribute(TemplateExpression object, String name, int line) implements TemplateExpression {}
@@ -27,7 +28,8 @@ sealed interface TemplateExpression {
 
     record Unary(String operator, TemplateExpression operand, int line) implements TemplateExpression {}
 
-    record Binary(String operator, TemplateExpression left, TemplateExpression right, int line) implements TemplateExpression {}
+    record Binary(String operator, TemplateExpression left, TemplateExpression right,
+            int line) implements TemplateExpression {}
 
     /** {@code a < b <= c}: each operand is computed once. */
     record Comparison(TemplateExpression first, List<String> operators, List<TemplateExpression> rest, int line)
@@ -36,15 +38,18 @@ sealed interface TemplateExpression {
     /** {@code a ~ b ~ c}. */
     record Concatenation(List<TemplateExpression> parts, int line) implements TemplateExpression {}
 
-    record Conditional(TemplateExpression test, TemplateExpression then, @Nullable TemplateExpression otherwise, int line)
+    record Conditional(TemplateExpression test, TemplateExpression then, @Nullable TemplateExpression otherwise,
+            int line)
             implements TemplateExpression {}
 
     /** A call of a function or macro by its name. */
     record Call(String function, Arguments arguments, int line) implements TemplateExpression {}
 
-    record MethodCall(TemplateExpression object, String method, Arguments arguments, int line) implements TemplateExpression {}
+    record MethodCall(TemplateExpression object, String method, Arguments arguments,
+            int line) implements TemplateExpression {}
 
-    record Filter(@Nullable TemplateExpression operand, String filter, Arguments arguments, int line) implements TemplateExpression {}
+    record Filter(@Nullable TemplateExpression operand, String filter, Arguments arguments,
+            int line) implements TemplateExpression {}
 
     record Test(TemplateExpression operand, String test, boolean negated, Arguments arguments, int line)
             implements TemplateExpression {}

@@ -11,9 +11,10 @@ import java.util.Set;
 import org.jspecify.annotations.Nullable;
 
 /**
- * Parses the expressions of a chat template with jinja2's precedences: {@code if} below {@code or}, {@code and}, {@code not}, comparisons,
- * {@code + -}, {@code ~}, {@code * / // %}, {@code **}, signs; filters and tests bind tightest. Filters, tests and methods that the renderer does not have are refused
- * here, with their line, before anything is rendered.
+ * Parses the expressions of a chat template with jinja2's precedences: {@code if} below {@code or}, {@code and},
+ * {@code not}, comparisons, {@code + -}, {@code ~}, {@code * / // %}, {@code **}, signs; filters and tests bind
+ * tightest. Filters, tests and methods that the renderer does not have are refused here, with their line, before
+ * anything is rendered.
  */
 class TemplateExpressionParser {
     private static final int DEEPEST = 60;
@@ -312,7 +313,8 @@ class TemplateExpressionParser {
             int line = peek().line();
             if (takeOperator(".")) {
                 if (peek().kind() == Kind.INTEGER) {
-                    value = new TemplateExpression.Item(value, new TemplateExpression.Literal(Long.parseLong(next().text()), line), line);
+                    value = new TemplateExpression.Item(value,
+                            new TemplateExpression.Literal(Long.parseLong(next().text()), line), line);
                     continue;
                 }
                 String name = expect(Kind.NAME, "a name after '.'").text();
@@ -402,7 +404,8 @@ class TemplateExpressionParser {
             if (!TemplateFilters.NAMES.contains(name.text())) {
                 throw error(name.line(), "unknown filter '" + StrictJson.brief(name.text()) + "'");
             }
-            value = new TemplateExpression.Filter(value, name.text(), peek().operator("(") ? arguments() : Arguments.NONE, name.line());
+            value = new TemplateExpression.Filter(value, name.text(), peek().operator("(") ? arguments()
+                    : Arguments.NONE, name.line());
         } while (peek().operator("|"));
         return value;
     }

@@ -10,14 +10,17 @@ import java.util.Set;
 
 /** jinja2's filters: what may follow {@code |}. Those that are lazy in Python give lists here. */
 final class TemplateFilters {
-    static final Set<String> NAMES = Set.of("trim", "tojson", "length", "count", "string", "upper", "lower", "capitalize", "default", "d",
-            "join", "replace", "items", "first", "last", "list", "reverse", "selectattr", "rejectattr", "map", "int", "safe");
+    static final Set<String> NAMES = Set.of("trim", "tojson", "length", "count", "string", "upper", "lower",
+            "capitalize", "default", "d",
+            "join", "replace", "items", "first", "last", "list", "reverse", "select", "reject", "selectattr",
+                    "rejectattr", "map", "int", "safe");
 
     private TemplateFilters() {}
 
     static Object apply(String filter, Object value, TemplateArguments arguments, TemplateBudget budget) {
         Object result = switch (filter) {
-            case "trim" -> PythonText.strip(TemplateValues.text(value, budget), arguments.optionalText(0, "chars"), true, true);
+            case "trim" -> PythonText.strip(TemplateValues.text(value, budget), arguments.optionalText(0, "chars"),
+                    true, true);
             case "tojson" -> TemplateJson.write(value, arguments, budget);
             case "length", "count" -> TemplateValues.length(value);
             case "string", "safe" -> TemplateValues.text(value, budget);
@@ -27,7 +30,7 @@ final class TemplateFilters {
             case "default", "d" -> {
                 Object otherwise = arguments.take(0, "default_value", "");
                 boolean ifFalse = arguments.flag(1, "boolean", false);
-                yield value instanceof Undefined || ifFalse && !TemplateValues.truth(value) ? otherwise : value;
+                yield value instanceof Undefined || (ifFalse && !TemplateValues.truth(value)) ? otherwise : value;
             }
             case "join" -> join(value, arguments, budget);
             case "replace" -> TemplateMethods.replace(TemplateValues.text(value, budget), arguments.text(0, "old"),
@@ -35,7 +38,8 @@ final class TemplateFilters {
             case "items" -> switch (value) {
                 case Map<?, ?> map -> TemplateMethods.items(map);
                 case Undefined undefined -> new ArrayList<>();
-                default -> throw new TemplateFailure("the filter 'items' takes a mapping, found " + TemplateValues.typeName(value));
+                default -> throw new TemplateFailure("the filter 'items' takes a mapping, found "
+                        + TemplateValues.typeName(value));
             };
             case "first" -> {
                 List<Object> elements = elements(value, budget);
@@ -47,8 +51,7 @@ final class TemplateFilters {
             }
             case "list" -> elements(value, budget);
             case "reverse" -> reverse(value, budget);
-            case "selectattr" -> select(filter, true, value, arguments, budget);
-            case "rejectattr" -> select(filter, false, value, arguments, budget);
+            case "select", "selectattr", "reject", "rejectattr" -> select(filter, value, arguments, budget);
             case "map" -> map(value, arguments, budget);
             case "int" -> integer(value, arguments);
             default -> throw new TemplateFailure("unknown filter '" + StrictJson.brief(filter) + "'");
@@ -68,7 +71,8 @@ final class TemplateFilters {
             return text;
         }
         int first = text.codePointAt(0);
-        return Character.toString(Character.toTitleCase(first)) + text.substring(Character.charCount(first)).toLowerCase(Locale.ROOT);
+        return Character.toString(Character.toTitleCase(first))
+                + text.substring(Character.charCount(first)).toLowerCase(Locale.ROOT);
     }
 
     private static Object join(Object value, TemplateArguments arguments, TemplateBudget budget) {
@@ -91,17 +95,20 @@ final class TemplateFilters {
         return elements;
     }
 
-    private static Object select(String filter, boolean wanted, Object value, TemplateArguments arguments, TemplateBudget budget) {
-        String attribute = arguments.text(0, "attribute");
-        List<Object> rest = arguments.rest(1);
+    /** Keeps the elements (or those whose attribute) pass a test, or fail it; without a test, those that are true. */
+    private static Object select(String filter, Object value, TemplateArguments arguments, TemplateBudget budget) {
+        boolean wanted = filter.startsWith("select");
+        String attribute = filter.endsWith("attr") ? arguments.text(0, "attribute") : null;
+        List<Object> rest = arguments.rest(attribute == null ? 0 : 1);
         List<Object> selected = new ArrayList<>();
         for (Object element : elements(value, budget)) {
-            Object found = attribute(element, attribute);
+            Object found = attribute == null ? element : attribute(element, attribute);
             boolean passes;
             if (rest.isEmpty()) {
                 passes = TemplateValues.truth(found);
             } else if (rest.getFirst() instanceof String test) {
-                passes = TemplateTests.apply(test, found, new TemplateArguments(filter, rest.subList(1, rest.size()), Map.of()));
+                passes = TemplateTests.apply(test, found, new TemplateArguments(filter, rest.subList(1, rest.size()),
+                        Map.of()));
             } else {
                 throw new TemplateFailure("the filter '" + filter + "' takes the name of a test, found "
                         + TemplateValues.typeName(rest.getFirst()));
@@ -165,6 +172,7 @@ final class TemplateFilters {
             return otherwise;
         }
         return TemplateValues.number(value) instanceof Double fraction
-                ? Math.abs(fraction) < 1e18 ? (Object) (long) (double) fraction : otherwise : TemplateValues.number(value);
+                ? Math.abs(fraction) < 1e18 ? (Object) (long) (double) fraction : otherwise
+                        : TemplateValues.number(value);
     }
 }

@@ -6,8 +6,8 @@ import java.util.Map;
 import java.util.Objects;
 
 /**
- * Python's {@code json.dumps} as transformers gives it to templates: nothing escaped for HTML, non-ASCII text as it is unless asked,
- * {@code ", "} and {@code ": "} between things. Models were trained on exactly these spaces.
+ * Python's {@code json.dumps} as transformers gives it to templates: nothing escaped for HTML, non-ASCII text as it
+ * is unless asked, {@code ", "} and {@code ": "} between things. Models were trained on exactly these spaces.
  */
 final class TemplateJson {
     private final StringBuilder out = new StringBuilder();
@@ -75,7 +75,8 @@ final class TemplateJson {
     }
 
     private static String number(double value) {
-        return Double.isNaN(value) ? "NaN" : Double.isInfinite(value) ? value > 0 ? "Infinity" : "-Infinity" : PythonText.number(value);
+        return Double.isNaN(value) ? "NaN" : Double.isInfinite(value) ? value > 0 ? "Infinity" : "-Infinity"
+                : PythonText.number(value);
     }
 
     private void list(List<?> list, int depth) {
@@ -145,7 +146,7 @@ final class TemplateJson {
                 case '\f' -> out.append("\\f");
                 case '\b' -> out.append("\\b");
                 default -> {
-                    if (c < 32 || ascii && c > 126) {
+                    if (c < 32 || (ascii && c > 126)) {
                         out.append(c == 127 ? "\u007f" : "\\u%04x".formatted((int) c));
                     } else {
                         out.append(c);

@@ -9,12 +9,14 @@ import java.util.regex.Matcher;
 import java.util.regex.Pattern;
 
 /**
- * Cuts a chat template into tokens, with the whitespace rules of the jinja2 environment that transformers uses: {@code trim_blocks} (the
- * newline after a block tag or comment is dropped), {@code lstrip_blocks} (blanks before one that starts its line are dropped),
- * {@code -} and {@code +} at a tag's edge, and one newline at the template's end dropped.
+ * Cuts a chat template into tokens, with the whitespace rules of the jinja2 environment that transformers uses:
+ * {@code trim_blocks} (the newline after a block tag or comment is dropped), {@code lstrip_blocks} (blanks before one
+ * that starts its line are dropped), {@code -} and {@code +} at a tag's edge, and one newline at the template's end
+ * dropped.
  */
 final class TemplateLexer {
-    private static final List<String> OPERATORS = List.of("//", "**", "==", "!=", "<=", ">=", "+", "-", "*", "/", "%", "~", "<", ">",
+    private static final List<String> OPERATORS = List.of("//", "**", "==", "!=", "<=", ">=", "+", "-", "*", "/", "%",
+            "~", "<", ">",
             "=", ".", ":", ",", ";", "|", "(", ")", "[", "]", "{", "}");
 
     private static final Pattern END_RAW = Pattern.compile("\\{%([-+]?)\\s*endraw\\s*([-+]?)%}");
@@ -134,7 +136,8 @@ final class TemplateLexer {
         int lineStart = literal.lastIndexOf('\n') + 1;
         if (end.group(1).equals("-")) {
             literal = PythonText.stripRight(literal);
-        } else if (end.group(1).isEmpty() && (lineStart > 0 || lineStarting) && PythonText.isBlank(literal.substring(lineStart))) {
+        } else if (end.group(1).isEmpty() && (lineStart > 0 || lineStarting)
+                && PythonText.isBlank(literal.substring(lineStart))) {
             literal = literal.substring(0, lineStart);
         }
         addText(literal, end.end());
@@ -150,7 +153,10 @@ final class TemplateLexer {
         return at;
     }
 
-    /** The inside of a tag up to its end; the end does not count inside brackets, so that {@code {{ {'a': {}}} }} works. */
+    /**
+     * The inside of a tag up to its end; the end does not count inside brackets, so that {@code {{ {'a': {}}} }}
+     * works.
+     */
     private void tag(Kind endKind, String end) {
         Deque<Character> open = new ArrayDeque<>();
         while (true) {
@@ -159,7 +165,7 @@ final class TemplateLexer {
                 throw error("a tag is not closed with " + end);
             }
             char c = text.charAt(position);
-            char sign = c == '-' || c == '+' && endKind == Kind.BLOCK_END ? c : ' ';
+            char sign = c == '-' || (c == '+' && endKind == Kind.BLOCK_END) ? c : ' ';
             if (open.isEmpty() && text.startsWith(end, sign == ' ' ? position : position + 1)) {
                 add(endKind, "");
                 moveTo(position + (sign == ' ' ? 2 : 3));

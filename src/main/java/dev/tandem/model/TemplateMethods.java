@@ -8,9 +8,13 @@ import java.util.Locale;
 import java.util.Map;
 import java.util.Set;
 
-/** The methods of Python's strings and dictionaries that chat templates call. None changes its object, as the sandbox demands. */
+/**
+ * The methods of Python's strings and dictionaries that chat templates call. None changes its object, as the sandbox
+ * demands.
+ */
 final class TemplateMethods {
-    static final Set<String> NAMES = Set.of("strip", "lstrip", "rstrip", "split", "startswith", "endswith", "upper", "lower", "replace",
+    static final Set<String> NAMES = Set.of("strip", "lstrip", "rstrip", "split", "startswith", "endswith", "upper",
+            "lower", "replace",
             "join", "find", "removeprefix", "removesuffix", "splitlines", "items", "keys", "values", "get");
 
     private TemplateMethods() {}
@@ -50,7 +54,8 @@ final class TemplateMethods {
             }
             case "upper" -> text.toUpperCase(Locale.ROOT);
             case "lower" -> text.toLowerCase(Locale.ROOT);
-            case "replace" -> replace(text, arguments.text(0, "old"), arguments.text(1, "new"), arguments.integer(2, "count", -1), budget);
+            case "replace" -> replace(text, arguments.text(0, "old"), arguments.text(1, "new"),
+                    arguments.integer(2, "count", -1), budget);
             case "find" -> {
                 int at = text.indexOf(arguments.text(0, "sub"));
                 yield at < 0 ? -1L : (long) text.codePointCount(0, at);
@@ -89,7 +94,7 @@ final class TemplateMethods {
         int begin = 0;
         for (int i = 0; i < text.length(); i++) {
             char c = text.charAt(i);
-            boolean breaks = c >= 10 && c <= 13 || c >= 28 && c <= 30 || c == 0x85 || c == 0x2028 || c == 0x2029;
+            boolean breaks = (c >= 10 && c <= 13) || (c >= 28 && c <= 30) || c == 0x85 || c == 0x2028 || c == 0x2029;
             if (breaks) {
                 lines.add(text.substring(begin, i));
                 i += c == '\r' && i + 1 < text.length() && text.charAt(i + 1) == '\n' ? 1 : 0;
@@ -106,7 +111,8 @@ final class TemplateMethods {
         List<String> affixes = new ArrayList<>();
         for (Object each : argument instanceof Tuple tuple ? tuple : List.of(argument)) {
             if (!(each instanceof String text)) {
-                throw new TemplateFailure("startswith and endswith take strings, found " + TemplateValues.typeName(each));
+                throw new TemplateFailure("startswith and endswith take strings, found "
+                        + TemplateValues.typeName(each));
             }
             affixes.add(text);
         }
@@ -158,7 +164,7 @@ final class TemplateMethods {
             case "keys" -> new ArrayList<>(map.keySet());
             case "values" -> new ArrayList<>(map.values());
             case "get" -> {
-                Object found = map.get(arguments.required(0, "key"));
+                Object found = TemplateValues.field(map, arguments.required(0, "key"));
                 Object otherwise = arguments.take(1, "default", TemplateValues.NONE);
                 yield found == null ? otherwise : found;
             }

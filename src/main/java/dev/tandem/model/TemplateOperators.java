@@ -7,7 +7,10 @@ import java.util.List;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
-/** Arithmetic, subscripts and slices of chat templates, by Python's rules. Integers are 64 bits wide; beyond that is an error. */
+/**
+ * Arithmetic, subscripts and slices of chat templates, by Python's rules. Integers are 64 bits wide; beyond that is
+ * an error.
+ */
 final class TemplateOperators {
     private TemplateOperators() {}
 
@@ -40,7 +43,7 @@ final class TemplateOperators {
     }
 
     private static Object repeat(Object value, long asked, TemplateBudget budget) {
-        int times = (int) Math.clamp(asked, 0, Integer.MAX_VALUE);
+        int times = Math.clamp(asked, 0, Integer.MAX_VALUE);
         if (value instanceof String text) {
             budget.charge((long) text.length() * times);
             return text.repeat(times);
@@ -61,7 +64,8 @@ final class TemplateOperators {
         if (zero && (operator.equals("/") || operator.equals("//") || operator.equals("%"))) {
             throw new ArithmeticException("division by zero");
         }
-        if (left instanceof Long a && right instanceof Long b && !operator.equals("/") && !(operator.equals("**") && b < 0)) {
+        if (left instanceof Long a && right instanceof Long b && !operator.equals("/")
+                && !(operator.equals("**") && b < 0)) {
             return switch (operator) {
                 case "+" -> Math.addExact(a, b);
                 case "-" -> Math.subtractExact(a, b);
@@ -113,8 +117,8 @@ final class TemplateOperators {
     /** {@code object[key]}: what is not there is undefined, as in jinja2. */
     static Object item(Object object, Object key) {
         Object found = switch (object) {
-            case Map<?, ?> map -> map.get(key);
-            case TemplateValues.Namespace namespace -> namespace.attributes().get(key);
+            case Map<?, ?> map -> TemplateValues.field(map, key);
+            case TemplateValues.Namespace namespace -> TemplateValues.field(namespace.attributes(), key);
             case List<?> list when TemplateValues.number(key) instanceof Long index -> {
                 long at = index < 0 ? index + list.size() : index;
                 yield at >= 0 && at < list.size() ? list.get((int) at) : null;
@@ -122,20 +126,24 @@ final class TemplateOperators {
             case String text when TemplateValues.number(key) instanceof Long index -> {
                 int length = text.codePointCount(0, text.length());
                 long at = index < 0 ? index + length : index;
-                yield at >= 0 && at < length ? Character.toString(text.codePointAt(text.offsetByCodePoints(0, (int) at))) : null;
+                yield at >= 0 && at < length ? Character.toString(text.codePointAt(text.offsetByCodePoints(0,
+                        (int) at))) : null;
             }
             case Undefined undefined -> throw undefined.failure();
             default -> null;
         };
-        return found == null ? new Undefined("the item '" + describe(key) + "' of " + TemplateValues.typeName(object)) : found;
+        return found == null ? new Undefined("the item '" + describe(key) + "' of " + TemplateValues.typeName(object))
+                : found;
     }
 
     private static String describe(Object key) {
-        return key instanceof String || TemplateValues.isNumber(key) ? StrictJson.brief(key.toString()) : TemplateValues.typeName(key);
+        return key instanceof String || TemplateValues.isNumber(key) ? StrictJson.brief(key.toString())
+                : TemplateValues.typeName(key);
     }
 
     /** {@code object[begin:end:step]}, as {@code slice.indices} has it. */
-    static Object slice(Object object, @Nullable Object begin, @Nullable Object end, @Nullable Object step, TemplateBudget budget) {
+    static Object slice(Object object, @Nullable Object begin, @Nullable Object end, @Nullable Object step,
+            TemplateBudget budget) {
         if (object instanceof Undefined undefined) {
             throw undefined.failure();
         }

@@ -7,7 +7,9 @@ import java.util.List;
 import java.util.Map;
 import java.util.Set;
 
-/** Parses the tags of a chat template. Tags and functions that the renderer does not have are refused with their line. */
+/**
+ * Parses the tags of a chat template. Tags and functions that the renderer does not have are refused with their line.
+ */
 final class TemplateParser extends TemplateExpressionParser {
     private int loops;
     /** The tag that ended the latest {@link #statements}. */
@@ -130,7 +132,8 @@ final class TemplateParser extends TemplateExpressionParser {
         loops--;
         boolean hasElse = lastTag.equals("else");
         endTag();
-        return new TemplateStatement.For(targets, iterable, condition, body, hasElse ? body("endfor") : List.of(), line);
+        return new TemplateStatement.For(targets, iterable, condition, body, hasElse ? body("endfor") : List.of(),
+                line);
     }
 
     private List<String> targets() {
@@ -147,7 +150,8 @@ final class TemplateParser extends TemplateExpressionParser {
 
     private String target() {
         TemplateToken token = expect(Kind.NAME, "a name");
-        if (Set.of("true", "false", "none", "True", "False", "None", "loop").contains(token.text()) || isKeyword(token.text())) {
+        if (Set.of("true", "false", "none", "True", "False", "None", "loop").contains(token.text())
+                || isKeyword(token.text())) {
             throw error(token.line(), "'" + token.text() + "' cannot be assigned to");
         }
         return token.text();
@@ -193,7 +197,8 @@ final class TemplateParser extends TemplateExpressionParser {
             if (takeOperator("=")) {
                 defaults.put(parameter, expression());
             } else if (!defaults.isEmpty()) {
-                throw error(line, "parameter " + parameter + " of macro " + name + " needs a default, as the one before it has");
+                throw error(line, "parameter " + parameter + " of macro " + name
+                        + " needs a default, as the one before it has");
             }
         }
         endTag();

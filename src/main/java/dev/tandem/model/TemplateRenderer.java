@@ -14,8 +14,8 @@ import org.jspecify.annotations.Nullable;
 /**
  * Runs a parsed chat template once.
  *
- * <p>Scopes are jinja2's: each turn of a loop and each macro call has its own, {@code if} has none, and {@code set} writes the innermost.
- * Only a namespace carries a value out of a loop.
+ * <p>Scopes are jinja2's: each turn of a loop and each macro call has its own, {@code if} has none, and {@code set}
+ * writes the innermost. Only a namespace carries a value out of a loop.
  */
 final class TemplateRenderer {
     private enum Flow {
@@ -27,6 +27,9 @@ final class TemplateRenderer {
             this(new HashMap<>(), parent);
         }
     }
+
+    /** A function that is named but not called: templates ask whether {@code strftime_now} is defined. */
+    private record Function(String name) {}
 
     private record Macro(TemplateStatement.Macro definition, Scope scope) {}
 
@@ -62,13 +65,15 @@ final class TemplateRenderer {
         this.scope = new Scope(new HashMap<>(variables), null);
     }
 
-    static String render(String source, List<TemplateStatement> template, Map<String, Object> variables, TemplateFunctions functions) {
+    static String render(String source, List<TemplateStatement> template, Map<String, Object> variables,
+            TemplateFunctions functions) {
         TemplateRenderer renderer = new TemplateRenderer(functions, variables);
         try {
             renderer.run(template);
             return renderer.out.toString();
         } catch (TemplateFailure e) {
-            throw new ModelFormatException(source + ": chat template, line " + renderer.line + ": " + e.getMessage(), e);
+            throw new ModelFormatException(source + ": chat template, line " + renderer.line + ": " + e.getMessage(),
+                    e);
         }
     }
 
@@ -112,7 +117,8 @@ final class TemplateRenderer {
             }
             case TemplateStatement.Capture capture -> {
                 String text = capture(capture.body(), new Scope(scope));
-                scope.variables.put(capture.target(), capture.filters() == null ? text : filtered(capture.filters(), text));
+                scope.variables.put(capture.target(), capture.filters() == null ? text
+                        : filtered(capture.filters(), text));
             }
             case TemplateStatement.Macro macro -> scope.variables.put(macro.name(), new Macro(macro, scope));
             case TemplateStatement.Group(List<TemplateStatement> body) -> {
@@ -219,6 +225,9 @@ final class TemplateRenderer {
             case TemplateExpression.Literal literal -> literal.value();
             case TemplateExpression.Name name -> {
                 Object found = lookUp(name.name());
+                if (found == null && TemplateFunctions.NAMES.contains(name.name())) {
+                    yield new Function(name.name());
+                }
                 yield found == null ? new Undefined("'" + name.name() + "'") : found;
             }
             case TemplateExpression.Listing listing -> {
@@ -295,15 +304,18 @@ final class TemplateRenderer {
         if (object instanceof Loop loop) {
             return loop.attribute(attribute.name());
         }
-        boolean method = object instanceof String || object instanceof Map<?, ?> map && !map.containsKey(attribute.name());
+        boolean method = object instanceof String
+                || (object instanceof Map<?, ?> map && !map.containsKey(attribute.name()));
         if (method && TemplateMethods.NAMES.contains(attribute.name())) {
             throw new TemplateFailure("the method ." + attribute.name() + " is not called");
         }
         if (object instanceof Undefined undefined) {
             throw undefined.failure();
         }
-        return object instanceof Map<?, ?> || object instanceof Namespace ? TemplateOperators.item(object, attribute.name())
-                : new Undefined("the attribute '" + StrictJson.brief(attribute.name()) + "' of " + TemplateValues.typeName(object));
+        return object instanceof Map<?, ?> || object instanceof Namespace
+                ? TemplateOperators.item(object, attribute.name())
+                : new Undefined("the attribute '" + StrictJson.brief(attribute.name()) + "' of "
+                        + TemplateValues.typeName(object));
     }
 
     private Object binary(TemplateExpression.Binary binary) {
@@ -366,7 +378,8 @@ final class TemplateRenderer {
             return callMacro(macro, arguments);
         }
         if (callee != null || !TemplateFunctions.NAMES.contains(call.function())) {
-            throw new TemplateFailure("'" + call.function() + "' is " + (callee == null ? "a macro that is not defined yet"
+            throw new TemplateFailure("'" + call.function() + "' is " + (callee == null
+                    ? "a macro that is not defined yet"
                     : TemplateValues.typeName(callee)) + " and cannot be called");
         }
         return functions.call(call.function(), arguments, budget);

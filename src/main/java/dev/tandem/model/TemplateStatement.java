@@ -22,13 +22,15 @@ sealed interface TemplateStatement {
     record Set(List<String> targets, TemplateExpression value, int line) implements TemplateStatement {}
 
     /** {@code set namespace.attribute = …}. */
-    record SetAttribute(String namespace, String attribute, TemplateExpression value, int line) implements TemplateStatement {}
+    record SetAttribute(String namespace, String attribute, TemplateExpression value,
+            int line) implements TemplateStatement {}
 
     /** {@code set a}…{@code endset}; {@code filters} is applied from the inside out to an operand of null. */
     record Capture(String target, @Nullable TemplateExpression filters, List<TemplateStatement> body, int line)
             implements TemplateStatement {}
 
-    record Macro(String name, List<String> parameters, Map<String, TemplateExpression> defaults, List<TemplateStatement> body,
+    record Macro(String name, List<String> parameters, Map<String, TemplateExpression> defaults,
+            List<TemplateStatement> body,
             int line) implements TemplateStatement {}
 
     /** {@code generation}…{@code endgeneration}, a mark of transformers that renders as its inside. */

@@ -7,8 +7,10 @@ import java.util.Set;
 
 /** jinja2's tests: what may follow {@code is}. */
 final class TemplateTests {
-    static final Set<String> NAMES = Set.of("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "integer",
-            "float", "boolean", "true", "false", "sameas", "eq", "equalto", "ne", "lt", "le", "gt", "ge", "in", "odd", "even");
+    static final Set<String> NAMES = Set.of("defined", "undefined", "none", "string", "mapping", "iterable", "sequence",
+            "number", "integer",
+            "float", "boolean", "true", "false", "sameas", "eq", "equalto", "ne", "lt", "le", "gt", "ge", "in", "odd",
+                    "even");
 
     private TemplateTests() {}
 
@@ -20,7 +22,8 @@ final class TemplateTests {
             case "string" -> value instanceof String;
             case "mapping" -> value instanceof Map<?, ?>;
 
-            case "iterable", "sequence" -> value instanceof String || value instanceof List<?> || value instanceof Map<?, ?>
+            case "iterable", "sequence" -> value instanceof String || value instanceof List<?>
+                    || value instanceof Map<?, ?>
                     || value instanceof Undefined;
             case "number" -> TemplateValues.isNumber(value);
             case "integer" -> value instanceof Long;
@@ -38,7 +41,8 @@ final class TemplateTests {
             case "in" -> TemplateValues.contains(arguments.required(0, "seq"), value);
             case "odd", "even" -> {
                 if (!(TemplateValues.number(value) instanceof Long number)) {
-                    throw new TemplateFailure("the test '" + test + "' takes an integer, found " + TemplateValues.typeName(value));
+                    throw new TemplateFailure("the test '" + test + "' takes an integer, found "
+                            + TemplateValues.typeName(value));
                 }
                 yield (number % 2 != 0) == test.equals("odd");
             }
@@ -50,6 +54,8 @@ final class TemplateTests {
 
     /** Identity, as {@code is} has it for none and booleans; for other scalars, equality of type and value. */
     private static boolean same(Object value, Object other) {
-        return value == other || (value instanceof Boolean || value instanceof Long || value instanceof String) && value.equals(other);
+        return value == other
+                || ((value instanceof Boolean || value instanceof Long || value instanceof String)
+                        && value.equals(other));
     }
 }

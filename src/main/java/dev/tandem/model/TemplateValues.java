@@ -10,8 +10,8 @@ import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The values of a chat template, and Python's rules for them: String, Long, Double, Boolean, List, {@link Tuple}, Map, {@link #NONE},
- * {@link Undefined}, {@link Namespace}; beside these only a loop's state and macros.
+ * The values of a chat template, and Python's rules for them: String, Long, Double, Boolean, List, {@link Tuple},
+ * Map, {@link #NONE}, {@link Undefined}, {@link Namespace}; beside these only a loop's state, functions and macros.
  */
 final class TemplateValues {
     private static final int DEEPEST = 100;
@@ -88,7 +88,8 @@ final class TemplateValues {
                 collection.forEach(element -> elements.add(of(element, depth + 1)));
                 yield elements;
             }
-            default -> throw new IllegalArgumentException("A chat template's variables are strings, numbers, booleans, lists and maps;"
+            default -> throw new IllegalArgumentException("A chat template's variables are strings, numbers,"
+                    + " booleans, lists and maps;"
                     + " found " + value.getClass().getName());
         };
     }
@@ -103,7 +104,7 @@ final class TemplateValues {
             case Map<?, ?> map -> "a mapping";
             case Namespace namespace -> "a namespace";
             case Undefined undefined -> "undefined";
-            default -> value == NONE ? "none" : "a loop or macro";
+            default -> value == NONE ? "none" : "a loop, function or macro";
         };
     }
 
@@ -154,7 +155,8 @@ final class TemplateValues {
             }
             return true;
         }
-        return left instanceof Undefined && right instanceof Undefined || left instanceof String && left.equals(right) || left == right;
+        return left == right || (left instanceof Undefined && right instanceof Undefined)
+                || (left instanceof String && left.equals(right));
     }
 
     static boolean isNumber(Object value) {
@@ -206,17 +208,23 @@ final class TemplateValues {
             return undefined.failure();
         }
         return right instanceof Undefined undefined ? undefined.failure()
-                : new TemplateFailure("'" + operator + "' is not supported between " + typeName(left) + " and " + typeName(right));
+                : new TemplateFailure("'" + operator + "' is not supported between " + typeName(left) + " and "
+                        + typeName(right));
     }
 
     static boolean contains(Object container, Object element) {
         return switch (container) {
             case String text when element instanceof String part -> text.contains(part);
             case List<?> list -> list.stream().anyMatch(each -> equal(each, element));
-            case Map<?, ?> map -> map.containsKey(element);
+            case Map<?, ?> map -> field(map, element) != null;
             case Undefined undefined -> false;
             default -> throw unsupported("in", element, container);
         };
+    }
+
+    /** The value of a key; only scalars are keys, and asking a deeply nested list for its hash would end the stack. */
+    static @Nullable Object field(Map<?, ?> map, Object key) {
+        return key instanceof String || isNumber(key) || key == NONE ? map.get(key) : null;
     }
 
     /** What a loop runs over: elements, keys, or characters. */

@@ -9,8 +9,8 @@ import java.lang.foreign.MemorySegment;
  * @param name its name in the file
  * @param dtype its element type
  * @param shape its sizes, empty for a scalar; not to be changed
- * @param data its elements in row-major, little-endian order: a read-only view of the mapped file that ends with {@link Safetensors}.
- *     The format aligns nothing, so read it with unaligned layouts
+ * @param data its elements in row-major, little-endian order: a read-only view of the mapped file that ends with
+ *     {@link Safetensors}. The format aligns nothing, so read it with unaligned layouts
  */
 @SuppressWarnings("ArrayRecordComponent")
 public record TensorEntry(String name, DType dtype, long[] shape, MemorySegment data) {}

@@ -6,8 +6,8 @@ import java.nio.ByteBuffer;
 import java.nio.channels.FileChannel;
 
 /**
- * Takes the bytes of one tensor on their way into a file. Not for use after the {@link SafetensorsWriter.Source} that was given it has
- * returned.
+ * Takes the bytes of one tensor on their way into a file. Not for use after the {@link SafetensorsWriter.Source} that
+ * was given it has returned.
  */
 public final class TensorSink {
     /** A ByteBuffer cannot span more than 2 GiB; the kernel copies in pieces anyway. */
@@ -32,7 +32,8 @@ public final class TensorSink {
      */
     public void write(MemorySegment bytes) throws IOException {
         if (bytes.byteSize() > remaining) {
-            throw new IllegalArgumentException("Writing tensor " + tensor + ": " + bytes.byteSize() + " bytes given where "
+            throw new IllegalArgumentException("Writing tensor " + tensor + ": " + bytes.byteSize()
+                    + " bytes given where "
                     + remaining + " were left to write");
         }
         for (long offset = 0; offset < bytes.byteSize(); offset += PIECE) {
@@ -46,7 +47,8 @@ public final class TensorSink {
 
     void finish() {
         if (remaining != 0) {
-            throw new IllegalArgumentException("Writing tensor " + tensor + ": its source ended " + remaining + " bytes early");
+            throw new IllegalArgumentException("Writing tensor " + tensor + ": its source ended " + remaining
+                    + " bytes early");
         }
     }
 }
