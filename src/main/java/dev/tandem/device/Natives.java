@@ -11,6 +11,8 @@ final class Natives {
     static {
         // JavaCPP would read the process's memory on every new pointer and refuse to go past four times the heap.
         setIfAbsent("org.bytedeco.javacpp.maxPhysicalBytes", "0");
+        // By default OpenMP's threads spin for milliseconds after each operation, and take the core from whoever else needs it.
+        Environment.setIfAbsent("OMP_WAIT_POLICY", "passive");
         try {
             Loader.load(torch.class);
         } catch (LinkageError e) {
