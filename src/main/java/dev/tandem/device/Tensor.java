@@ -605,6 +605,10 @@ public final class Tensor implements AutoCloseable {
 
     /** {@return this [.., k] times the transpose of {@code weight} [n, k], plus {@code bias} [n] if there is one} */
     public Tensor linear(Tensor weight, @Nullable Tensor bias) {
+        if (SkinnyMatmul.applies(t, weight.t)) {
+            Tensor product = SkinnyMatmul.multiply(this, weight);
+            return bias == null ? product : product.addInPlace(bias);
+        }
         if (bias == null) {
             return new Tensor(checked(() -> torch.linear(t, weight.t)));
         }
