@@ -136,7 +136,7 @@ final class SkinnyMatmul {
             return null;
         }
         try {
-            Path folder = Path.of(Loader.load(torch.class)).getParent();
+            Path folder = java.util.Objects.requireNonNull(Path.of(Loader.load(torch.class)).getParent());
             SymbolLookup libtorch = SymbolLookup.libraryLookup(folder.resolve("libtorch_cpu.so"), Arena.global());
             SymbolLookup openMp = SymbolLookup.libraryLookup(folder.resolve("libgomp.so.1"), Arena.global());
             Optional<MemorySegment> brgemm = libtorch.find(BRGEMM);
