@@ -13,7 +13,6 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.Optional;
 import org.bytedeco.javacpp.Loader;
-import org.bytedeco.pytorch.GradMode;
 import org.bytedeco.pytorch.global.torch;
 import org.jspecify.annotations.Nullable;
 
@@ -55,7 +54,7 @@ final class SkinnyMatmul {
 
     /** Whether {@link #multiply} can and should compute {@code x} [.., k] times the transpose of {@code weight} [n, k]. */
     static boolean applies(org.bytedeco.pytorch.Tensor x, org.bytedeco.pytorch.Tensor weight) {
-        if (KERNEL == null || GradMode.is_enabled()) {
+        if (KERNEL == null || Gradients.areEnabled()) {
             return false;
         }
         return x.dim() == 2
