@@ -107,13 +107,14 @@ class HybridEngineTest {
         try (HybridEngine engine = fixture("llama")) {
             float[] both = bothLogprobs(engine, prompt);
             assertEquals(both[0], both[1], 1e-5);
-            // Doubling the last norm's scale, byte by byte at the address that the arena tells, doubles all logits.
+            // The first norm's scale is doubled byte by byte, at the address that the arena tells.
             engine.onEachRank(model -> {
-                var norm = model.arena().head().weight(ParameterRole.FINAL_NORM_WEIGHT);
+                var norm = model.arena().layer(0).weight(ParameterRole.ATTENTION_NORM_WEIGHT);
                 MemorySegment bytes = MemorySegment.ofAddress(norm.address()).reinterpret(4 * norm.elements());
                 for (long i = 0; i < norm.elements(); i++) {
                     bytes.setAtIndex(ValueLayout.JAVA_FLOAT, i, 2 * bytes.getAtIndex(ValueLayout.JAVA_FLOAT, i));
                 }
+                model.weightsReplaced();
                 return true;
             });
             float[] doubled = bothLogprobs(engine, prompt);
