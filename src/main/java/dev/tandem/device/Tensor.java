@@ -692,6 +692,11 @@ public final class Tensor implements AutoCloseable {
         return this;
     }
 
+    /** {@return whether this is a leaf whose gradient is wanted, or was computed from one with gradients enabled} */
+    public boolean requiresGradient() {
+        return t.requires_grad();
+    }
+
     /** {@return the gradient that was accumulated for this leaf, or null if there is none} */
     public @Nullable Tensor gradient() {
         org.bytedeco.pytorch.Tensor grad = t.grad();
