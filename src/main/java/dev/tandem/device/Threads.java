@@ -25,6 +25,8 @@ public final class Threads {
         }
         Natives.load();
         torch.set_num_threads(threads);
-        openblas_nolapack.blas_set_num_threads(threads);
+        try (Scope _ = Scope.open()) {
+            openblas_nolapack.blas_set_num_threads(threads);
+        }
     }
 }
