@@ -1,10 +1,13 @@
 package dev.tandem.rl;
 
 import java.time.Duration;
-import java.util.ArrayList;
 import java.util.BitSet;
 import java.util.List;
+import java.util.Map;
+import java.util.Queue;
 import java.util.concurrent.BlockingQueue;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.ConcurrentLinkedQueue;
 import java.util.concurrent.LinkedBlockingQueue;
 import java.util.concurrent.TimeUnit;
 import java.util.function.ToDoubleFunction;
@@ -57,21 +60,127 @@ public record RewardRunner(@Nullable Duration timeLimit) {
      *     caller is interrupted, which stays interrupted
      */
     public <T> double[] scores(List<T> completions, ToDoubleFunction<? super T> reward) {
-        BlockingQueue<Outcome> outcomes = new LinkedBlockingQueue<>();
-        List<Thread> calls = new ArrayList<>(completions.size());
+        Batch<T> batch = begin(completions.size(), reward);
         for (int i = 0; i < completions.size(); i++) {
-            int index = i;
-            T completion = completions.get(i);
-            calls.add(Thread.ofVirtual().name("reward-", i).start(() -> outcomes.add(call(index, completion, reward))));
+            batch.add(i, completions.get(i));
         }
-        boolean complete = false;
-        try {
-            double[] scores = collect(completions, outcomes);
-            complete = true;
+        return batch.await();
+    }
+
+    /**
+     * Begins a batch whose completions come one by one, as decoding ends them.
+     *
+     * @param count how many will come
+     * @param reward gives a finite number
+     */
+    public <T> Batch<T> begin(int count, ToDoubleFunction<? super T> reward) {
+        return new Batch<>(timeLimit, count, reward);
+    }
+
+    /** Completions that are scored while others are still to come. */
+    public static final class Batch<T> {
+        private final @Nullable Duration timeLimit;
+        private final int count;
+        private final ToDoubleFunction<? super T> reward;
+        private final BlockingQueue<Outcome> outcomes = new LinkedBlockingQueue<>();
+        private final Map<Integer, T> completions = new ConcurrentHashMap<>();
+        private final Queue<Thread> calls = new ConcurrentLinkedQueue<>();
+
+        private Batch(@Nullable Duration timeLimit, int count, ToDoubleFunction<? super T> reward) {
+            this.timeLimit = timeLimit;
+            this.count = count;
+            this.reward = reward;
+        }
+
+        /**
+         * Starts the call for one completion and returns at once. Any thread.
+         *
+         * @param index its place among the scores, each of 0 … count-1 once
+         */
+        public void add(int index, T completion) {
+            completions.put(index, completion);
+            calls.add(Thread.ofVirtual().name("reward-", index).start(() -> outcomes.add(call(index, completion, reward))));
+        }
+
+        /**
+         * Waits for all calls; the limit counts from here.
+         *
+         * @return the scores by index
+         * @throws RewardException as {@link RewardRunner#scores}
+         */
+        public double[] await() {
+            boolean complete = false;
+            try {
+                double[] scores = collect();
+                complete = true;
+                return scores;
+            } finally {
+                if (!complete) {
+                    cancel();
+                }
+            }
+        }
+
+        private double[] collect() {
+            long start = System.nanoTime();
+            double[] scores = new double[count];
+            BitSet missing = new BitSet();
+            missing.set(0, count);
+            while (!missing.isEmpty()) {
+                Outcome outcome = next(start, missing);
+                if (outcome.failure() != null || !Double.isFinite(outcome.score())) {
+                    throw failed(outcome);
+                }
+                scores[outcome.index()] = outcome.score();
+                missing.clear(outcome.index());
+            }
             return scores;
-        } finally {
-            if (!complete) {
-                cancel(calls);
+        }
+
+        private Outcome next(long start, BitSet missing) {
+            try {
+                if (timeLimit == null) {
+                    return outcomes.take();
+                }
+                // Saturates at 292 years, where Duration.toNanos would throw.
+                long left = TimeUnit.NANOSECONDS.convert(timeLimit) - (System.nanoTime() - start);
+                Outcome outcome = outcomes.poll(left, TimeUnit.NANOSECONDS);
+                if (outcome == null) {
+                    String message = "the rewards were given " + timeLimit + ", and " + named(missing, count)
+                            + " have not ended; raise the limit or bound the reward function";
+                    throw new RewardException(missing.nextSetBit(0), message, null);
+                }
+                return outcome;
+            } catch (InterruptedException interruption) {
+                Thread.currentThread().interrupt();
+                throw new RewardException(missing.nextSetBit(0),
+                        "interrupted while waiting for the rewards of " + named(missing, count), interruption);
+            }
+        }
+
+        private RewardException failed(Outcome outcome) {
+            int index = outcome.index();
+            Throwable failure = outcome.failure();
+            String happened = failure != null ? " threw " + failure : " is " + outcome.score() + ", not a finite number";
+            String message = "the reward of completion " + index + " of " + count + happened + ": "
+                    + described(completions.get(index));
+            return new RewardException(index, message, failure);
+        }
+
+        /** Interrupts the calls that have not ended and waits a little for them, also when generation has failed. */
+        public void cancel() {
+            calls.forEach(Thread::interrupt);
+            long end = System.nanoTime() + GRACE.toNanos();
+            boolean interrupted = Thread.interrupted();
+            for (Thread call : calls) {
+                try {
+                    call.join(Duration.ofNanos(Math.max(0, end - System.nanoTime())));
+                } catch (InterruptedException interruption) {
+                    interrupted = true;
+                }
+            }
+            if (interrupted) {
+                Thread.currentThread().interrupt();
             }
         }
     }
@@ -84,68 +193,6 @@ public record RewardRunner(@Nullable Duration timeLimit) {
         }
     }
 
-    private double[] collect(List<?> completions, BlockingQueue<Outcome> outcomes) {
-        long start = System.nanoTime();
-        double[] scores = new double[completions.size()];
-        BitSet missing = new BitSet();
-        missing.set(0, scores.length);
-        while (!missing.isEmpty()) {
-            Outcome outcome = await(outcomes, start, missing, scores.length);
-            if (outcome.failure() != null || !Double.isFinite(outcome.score())) {
-                throw failed(outcome, completions);
-            }
-            scores[outcome.index()] = outcome.score();
-            missing.clear(outcome.index());
-        }
-        return scores;
-    }
-
-    private Outcome await(BlockingQueue<Outcome> outcomes, long start, BitSet missing, int count) {
-        try {
-            if (timeLimit == null) {
-                return outcomes.take();
-            }
-            // Saturates at 292 years, where Duration.toNanos would throw.
-            long left = TimeUnit.NANOSECONDS.convert(timeLimit) - (System.nanoTime() - start);
-            Outcome outcome = outcomes.poll(left, TimeUnit.NANOSECONDS);
-            if (outcome == null) {
-                String message = "the rewards were given " + timeLimit + ", and " + named(missing, count)
-                        + " have not ended; raise the limit or bound the reward function";
-                throw new RewardException(missing.nextSetBit(0), message, null);
-            }
-            return outcome;
-        } catch (InterruptedException interruption) {
-            Thread.currentThread().interrupt();
-            throw new RewardException(missing.nextSetBit(0),
-                    "interrupted while waiting for the rewards of " + named(missing, count), interruption);
-        }
-    }
-
-    private static RewardException failed(Outcome outcome, List<?> completions) {
-        int index = outcome.index();
-        Throwable failure = outcome.failure();
-        String happened = failure != null ? " threw " + failure : " is " + outcome.score() + ", not a finite number";
-        String message = "the reward of completion " + index + " of " + completions.size() + happened + ": "
-                + described(completions.get(index));
-        return new RewardException(index, message, failure);
-    }
-
-    private static void cancel(List<Thread> calls) {
-        calls.forEach(Thread::interrupt);
-        long end = System.nanoTime() + GRACE.toNanos();
-        boolean interrupted = Thread.interrupted();
-        for (Thread call : calls) {
-            try {
-                call.join(Duration.ofNanos(Math.max(0, end - System.nanoTime())));
-            } catch (InterruptedException interruption) {
-                interrupted = true;
-            }
-        }
-        if (interrupted) {
-            Thread.currentThread().interrupt();
-        }
-    }
-
     /** For example "completions 3, 7, 9 (3 of 64)". */
     private static String named(BitSet missing, int count) {
         int total = missing.cardinality();
@@ -154,8 +201,8 @@ public record RewardRunner(@Nullable Duration timeLimit) {
         return "completions " + indices + (total > MAX_NAMED ? ", …" : "") + " (" + total + " of " + count + ")";
     }
 
-    private static String described(Object completion) {
-        String text = completion.toString().replaceAll("\\s+", " ");
+    private static String described(@Nullable Object completion) {
+        String text = String.valueOf(completion).replaceAll("\\s+", " ");
         return text.length() <= MAX_DESCRIPTION ? text : text.substring(0, MAX_DESCRIPTION) + "…";
     }
 }

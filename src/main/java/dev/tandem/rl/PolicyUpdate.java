@@ -1,0 +1,54 @@
+package dev.tandem.rl;
+
+import dev.tandem.HybridEngine;
+import dev.tandem.training.TokenLoss;
+import dev.tandem.training.TrainStep;
+import dev.tandem.training.TrainingSequence;
+import java.util.ArrayList;
+import java.util.List;
+
+/**
+ * One update of the policy from a rollout.
+ *
+ * @param step what the optimizer did
+ * @param statistics of the tokens under the weights before the update
+ */
+public record PolicyUpdate(TrainStep step, PolicyStatistics statistics) {
+    /**
+     * Updates the weights once.
+     *
+     * @param advantages of each sample of the rollout
+     * @throws IllegalStateException when the algorithm has a KL term and the engine has no frozen reference
+     */
+    public static PolicyUpdate apply(HybridEngine engine, Algorithm algorithm, Rollout rollout, double[][] advantages) {
+        List<TrainingSequence> sequences = rollout.sequences(advantages, algorithm.aggregation());
+        if (algorithm.loss().needsReference()) {
+            sequences = withReference(sequences, engine.referenceLogprobs(sequences, rollout.temperature()));
+        }
+        Statistics statistics = new Statistics();
+        TokenLoss loss = tokens -> {
+            statistics.add(PolicyStatistics.of(algorithm.loss(), tokens));
+            return algorithm.loss().loss(tokens);
+        };
+        TrainStep step = engine.train(sequences, loss, rollout.temperature());
+        return new PolicyUpdate(step, statistics.total);
+    }
+
+    private static List<TrainingSequence> withReference(List<TrainingSequence> sequences, float[][] reference) {
+        List<TrainingSequence> result = new ArrayList<>();
+        for (int i = 0; i < sequences.size(); i++) {
+            TrainingSequence s = sequences.get(i);
+            result.add(new TrainingSequence(s.tokens(), s.trained(), s.weight(), s.old(), reference[i], s.advantage()));
+        }
+        return result;
+    }
+
+    /** Sums over micro-batches, which several ranks compute at a time. */
+    private static final class Statistics {
+        private PolicyStatistics total = PolicyStatistics.NONE;
+
+        synchronized void add(PolicyStatistics part) {
+            total = total.add(part);
+        }
+    }
+}
