@@ -25,6 +25,8 @@ public final class Threads {
         }
         Natives.load();
         torch.set_num_threads(threads);
-        openblas_nolapack.blas_set_num_threads(threads);
+        try (Scope scope = Scope.open()) { // the call wraps the function's address in a new native object each time
+            openblas_nolapack.blas_set_num_threads(threads);
+        }
     }
 }
