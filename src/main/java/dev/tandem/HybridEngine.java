@@ -93,7 +93,7 @@ public final class HybridEngine implements AutoCloseable {
     }
 
     /**
-     * Opens a Hugging Face folder and loads its weights.
+     * Opens a Hugging Face folder and loads its weights. Without a tokenizer in it, prompts are token ids.
      *
      * @throws dev.tandem.model.ModelFormatException naming the file and what is wrong with it
      * @throws TandemException when the model does not fit into memory, with the plan
@@ -477,7 +477,7 @@ public final class HybridEngine implements AutoCloseable {
     private Tokenizer requireTokenizer() {
         requireOpen();
         if (tokenizer == null) {
-            throw new IllegalStateException("the engine was made without a tokenizer: prompts must be token ids");
+            throw new IllegalStateException("the model has no tokenizer: prompts must be token ids");
         }
         return tokenizer;
     }

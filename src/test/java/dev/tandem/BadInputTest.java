@@ -323,8 +323,8 @@ class BadInputTest {
     @Test
     void engineWithoutATokenizer() {
         try (HybridEngine bare = HybridEngine.create(TinyModels.llama(), null, EngineOptions.defaults().kvBytes(1 << 20))) {
-            message(IllegalStateException.class, () -> bare.generate("a", GREEDY), "without a tokenizer");
-            message(IllegalStateException.class, () -> bare.stream("a", GREEDY), "without a tokenizer");
+            message(IllegalStateException.class, () -> bare.generate("a", GREEDY), "no tokenizer");
+            message(IllegalStateException.class, () -> bare.stream("a", GREEDY), "no tokenizer");
             assertEquals(10, bare.generateTokens(List.of(new int[] {1}), GREEDY).getFirst().tokens().length);
         }
         message(IllegalArgumentException.class, () -> HybridEngine.create(TinyModels.llama(), engine.tokenizer(), engine.options()),

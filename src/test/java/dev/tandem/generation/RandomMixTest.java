@@ -13,6 +13,7 @@ import dev.tandem.model.Safetensors;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightLayout;
 import dev.tandem.testing.Fixture;
+import dev.tandem.testing.NativeObjects;
 import dev.tandem.testing.TinyModels;
 import java.lang.foreign.Arena;
 import java.lang.foreign.MemorySegment;
@@ -62,7 +63,7 @@ class RandomMixTest {
         }
         System.out.printf("%d samples equal, %d rounding ties, %d preemptions, %d prefix hits, %d chunked prompts, %d copied forks, "
                 + "%d aborted, %d sleeps, %d tokens as without a cache%n", compared, ties, preemptions, cached, chunked, forkedCopies, aborted, slept, plain);
-        assertEquals(pointers, Pointer.totalCount(), "native objects that are left");
+        NativeObjects.check(pointers);
         assertTrue(preemptions > 100 && cached > 100 && chunked > 100 && forkedCopies > 5 && aborted > 20 && slept > 20,
                 "the mixes do not reach everything");
         assertTrue(ties * 100 < compared, ties + " rounding ties in " + compared + " samples");

@@ -1,6 +1,6 @@
 package dev.tandem.testing;
 
-import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import dev.tandem.EngineOptions;
 import dev.tandem.HybridEngine;
@@ -38,7 +38,13 @@ public final class NativeObjects implements BeforeAllCallback, BeforeEachCallbac
     @Override
     public void afterEach(ExtensionContext context) {
         if (context.getExecutionException().isEmpty()) {
-            assertEquals(before, Pointer.totalCount(), "native objects after the test");
+            check(before);
         }
+    }
+
+    /** Fewer are no leak: what JavaCPP makes once and drops goes with a garbage collection. */
+    public static void check(long before) {
+        long now = Pointer.totalCount();
+        assertTrue(now <= before, () -> before + " native objects have become " + now);
     }
 }
