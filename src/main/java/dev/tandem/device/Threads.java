@@ -25,11 +25,7 @@ public final class Threads {
         }
         Natives.load();
         torch.set_num_threads(threads);
-<<<<<<< HEAD
-        try (Scope _ = Scope.open()) {
-=======
-        try (Scope scope = Scope.open()) { // the call wraps the function's address in a new native object each time
->>>>>>> tests
+        try (Scope _ = Scope.open()) { // the call wraps the function's address in a new native object each time
             openblas_nolapack.blas_set_num_threads(threads);
         }
     }
