@@ -21,11 +21,14 @@ import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TrainStep;
 import dev.tandem.training.Trainer;
 import dev.tandem.training.TrainingSequence;
+import java.io.IOException;
+import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.Comparator;
 import java.util.List;
 import java.util.Map;
+import java.util.SplittableRandom;
 import java.util.function.Consumer;
 import java.util.function.Function;
 import java.util.stream.Stream;
@@ -55,6 +58,8 @@ public final class HybridEngine implements AutoCloseable {
     private final Occupancy occupancy = new Occupancy();
     private volatile Phase phase = Phase.ASLEEP;
     private volatile long weightVersion;
+    /** A seed for each call that generates: a request without its own is sampled anew each time it is made. */
+    private final SplittableRandom seeds;
     private boolean hasReference;
     private int kvBlocks;
 
@@ -64,6 +69,7 @@ public final class HybridEngine implements AutoCloseable {
         this.tokenizer = tokenizer;
         this.defaults = defaults;
         this.options = options;
+        seeds = new SplittableRandom(options.seed());
         plan = MemoryPlan.of(config, options);
         kvBlocks = plan.kvBlocks();
         ranks = new Ranks(options.devices(), options.timeLimit());
@@ -150,9 +156,16 @@ public final class HybridEngine implements AutoCloseable {
         Tokenizer tokens = requireTokenizer();
         List<Prompt> requests = new ArrayList<>();
         for (int i = 0; i < prompts.size(); i++) {
-            requests.add(new Prompt(i, prompts.get(i), tokens.encode(prompts.get(i), true), params));
+            requests.add(new Prompt(i, prompts.get(i), encode(tokens, prompts.get(i)), params));
         }
         return rollout(requests, finished);
+    }
+
+    /** A text with the tokens that the model expects around it, unless it brings its first one: a rendered chat template does. */
+    private static int[] encode(Tokenizer tokenizer, String prompt) {
+        int[] plain = tokenizer.encode(prompt, false);
+        Integer bos = tokenizer.bosTokenId();
+        return bos != null && plain.length > 0 && plain[0] == bos ? plain : tokenizer.encode(prompt, true);
     }
 
     /** {@return as {@link #generate(List, SamplingParams)}, for prompts that are token ids} */
@@ -187,7 +200,11 @@ public final class HybridEngine implements AutoCloseable {
             enter(Phase.GENERATION);
             prompts.forEach(models.getFirst().generator()::validate);
             List<List<Prompt>> shares = share(prompts);
-            List<List<Completion>> parts = ranks.onEach(rank -> generate(models.get(rank.index()), shares.get(rank.index()), finished));
+            long seed = seeds.nextLong();
+            List<List<Completion>> parts = ranks.onEach(rank -> {
+                models.get(rank.index()).generator().seed(seed);
+                return generate(models.get(rank.index()), shares.get(rank.index()), finished);
+            });
             List<Completion> all = new ArrayList<>();
             parts.forEach(all::addAll);
             all.sort(Comparator.comparingInt(Completion::prompt).thenComparingInt(Completion::sample));
@@ -240,14 +257,23 @@ public final class HybridEngine implements AutoCloseable {
      * or is closed; closing early aborts.
      */
     public Stream<Token> stream(String prompt, SamplingParams params) {
-        if (params.n() != 1) {
-            throw new IllegalArgumentException("a stream has one sample, the parameters ask for " + params.n());
+        return stream(new Prompt(0, prompt, encode(requireTokenizer(), prompt), params));
+    }
+
+    /** {@return as {@link #stream(String, SamplingParams)}, for a prompt of token ids} */
+    public Stream<Token> streamTokens(int[] prompt, SamplingParams params) {
+        return stream(new Prompt(0, tokenizer == null ? "" : tokenizer.decode(prompt, false), prompt, params));
+    }
+
+    private Stream<Token> stream(Prompt request) {
+        if (request.params().n() != 1) {
+            throw new IllegalArgumentException("a stream has one sample, the parameters ask for " + request.params().n());
         }
-        Prompt request = new Prompt(0, prompt, requireTokenizer().encode(prompt, true), params);
         Occupancy.Hold hold = occupancy.enter("stream");
         try {
             enter(Phase.GENERATION);
             models.getFirst().generator().validate(request);
+            models.getFirst().generator().seed(seeds.nextLong());
             return new TokenStream(ranks, models.getFirst().generator(), request, hold).stream();
         } catch (RuntimeException | Error e) {
             hold.close();
@@ -479,10 +505,18 @@ public final class HybridEngine implements AutoCloseable {
     /**
      * Writes the model as a Hugging Face folder that transformers and {@link #open} read: weights, config, tokenizer. Each file is
      * complete or absent, whatever happens.
+     *
+     * @param folder made when it does not exist
+     * @throws TandemException naming the file that cannot be written
      */
     public void save(Path folder) {
         try (Occupancy.Hold hold = occupancy.enter("save")) {
             requireOpen();
+            try {
+                Files.createDirectories(folder);
+            } catch (IOException e) {
+                throw new TandemException("the folder " + folder + " to save the model in cannot be made: " + e, e);
+            }
             var event = new EngineEvents.Checkpoint();
             event.begin();
             ranks.onEach(rank -> {

@@ -25,7 +25,7 @@ public final class Threads {
         }
         Natives.load();
         torch.set_num_threads(threads);
-        try (Scope scope = Scope.open()) { // the call wraps the function's address in a new native object each time
+        try (Scope _ = Scope.open()) {
             openblas_nolapack.blas_set_num_threads(threads);
         }
     }
