@@ -262,6 +262,7 @@ public final class HybridEngine implements AutoCloseable {
 
     /** {@return as {@link #stream(String, SamplingParams)}, for a prompt of token ids} */
     public Stream<Token> streamTokens(int[] prompt, SamplingParams params) {
+        requireOpen();
         return stream(new Prompt(0, tokenizer == null ? "" : tokenizer.decode(prompt, false), prompt, params));
     }
 

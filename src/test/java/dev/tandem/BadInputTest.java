@@ -45,7 +45,8 @@ import org.junit.jupiter.params.provider.ValueSource;
 @ExtendWith(NativeObjects.class)
 class BadInputTest {
     private static final SamplingParams GREEDY = SamplingParams.greedy().maxTokens(10).ignoreEos(true);
-    private static final List<int[]> PROMPTS = List.of(new int[] {10, 20, 30, 40}, new int[] {50}, new int[] {60, 61, 62, 63, 64, 65, 66});
+    private static final List<int[]> PROMPTS = List.of(new int[] {10, 20, 30, 40}, new int[] {50}, new int[] {60, 61,
+            62, 63, 64, 65, 66});
     private static final TrainingSequence SEQUENCE = TrainingSequence.of(new int[] {5, 6, 7, 8, 9}, 1, 1);
 
     private HybridEngine engine;
@@ -84,9 +85,11 @@ class BadInputTest {
         message(IllegalArgumentException.class, () -> generate(), "request 1", "prompt is empty");
         message(IllegalArgumentException.class, () -> engine.generate("", GREEDY), "request 0", "prompt is empty");
         message(IllegalArgumentException.class, () -> engine.stream("", GREEDY), "prompt is empty");
-        message(IllegalArgumentException.class, () -> generate(5, 512), "request 1", "token id 512 at position 1", "512 tokens");
+        message(IllegalArgumentException.class, () -> generate(5, 512), "request 1", "token id 512 at position 1",
+                "512 tokens");
         message(IllegalArgumentException.class, () -> generate(5, 6, -1), "request 1", "token id -1 at position 2");
-        message(IllegalArgumentException.class, () -> generate(new int[1024]), "request 1", "1024 tokens", "context of 1024");
+        message(IllegalArgumentException.class, () -> generate(new int[1024]), "request 1", "1024 tokens",
+                "context of 1024");
         message(IllegalArgumentException.class, () -> engine.generateTokens(PROMPTS, GREEDY.stopTokenIds(List.of(600))),
                 "request 0", "stop token id 600");
         assertEquals(List.of(), engine.generateTokens(List.of(), GREEDY));
@@ -96,12 +99,15 @@ class BadInputTest {
     void requestLargerThanThePool() {
         long page = engine.onEachRank(model -> model.memory().held(Use.KV)).getFirst() / engine.plan().kvBlocks();
         engine.resizeKv(4 * page);
-        message(IllegalArgumentException.class, () -> generate(new int[60]), "request 1", "60 prompt tokens", "10 generated",
+        message(IllegalArgumentException.class, () -> generate(new int[60]), "request 1", "60 prompt tokens",
+                "10 generated",
                 "5 KV blocks of 16 tokens", "the pool has 3", "maxTokens");
         engine.resizeKv(engine.plan().kvBlocks() * page);
-        message(TandemException.class, () -> HybridEngine.create(TinyModels.llama(), null, EngineOptions.defaults().memoryLimit(10_000)),
+        message(TandemException.class, () -> HybridEngine.create(TinyModels.llama(), null,
+                EngineOptions.defaults().memoryLimit(10_000)),
                 "does not fit", "WEIGHTS");
-        message(TandemException.class, () -> HybridEngine.create(TinyModels.llama(), null, EngineOptions.defaults().kvBytes(1)),
+        message(TandemException.class, () -> HybridEngine.create(TinyModels.llama(), null,
+                EngineOptions.defaults().kvBytes(1)),
                 "generation does not fit");
     }
 
@@ -125,7 +131,8 @@ class BadInputTest {
             default -> throw new AssertionError(dtype);
         }
         Files.write(weights, bytes);
-        message(ModelFormatException.class, () -> HybridEngine.open(folder), folder.toString(), "tensor model.", "NaN or an infinity");
+        message(ModelFormatException.class, () -> HybridEngine.open(folder), folder.toString(), "tensor model.",
+                "NaN or an infinity");
     }
 
     @Test
@@ -146,7 +153,8 @@ class BadInputTest {
         assertEquals(0, engine.weightVersion());
         engine.generateTokens(PROMPTS, GREEDY);
         engine.onEachRank(model -> {
-            MemorySegment.copy(MemorySegment.ofArray(weights.get(model.rank().index())), 0, arena(model), 0, model.arena().bytes());
+            MemorySegment.copy(MemorySegment.ofArray(weights.get(model.rank().index())), 0, arena(model), 0,
+                    model.arena().bytes());
             return true;
         });
     }
@@ -159,7 +167,8 @@ class BadInputTest {
             model.arena().logitMatrix().select(0, 77).fillInPlace(Double.NaN);
             return true;
         });
-        for (SamplingParams params : List.of(GREEDY, GREEDY.temperature(1), GREEDY.temperature(0.5).topK(3), GREEDY.repetitionPenalty(2))) {
+        for (SamplingParams params : List.of(GREEDY, GREEDY.temperature(1), GREEDY.temperature(0.5).topK(3),
+                GREEDY.repetitionPenalty(2))) {
             engine.generateTokens(PROMPTS, params).forEach(c -> assertInstanceOf(Finish.NonFinite.class, c.finish()));
         }
         engine.onEachRank(model -> {
@@ -176,10 +185,13 @@ class BadInputTest {
     void closedEngine() {
         engine.close();
         engine.close();
-        List<Executable> uses = List.of(() -> engine.generateTokens(PROMPTS, GREEDY), () -> engine.generate("a", GREEDY),
+        List<Executable> uses = List.of(() -> engine.generateTokens(PROMPTS, GREEDY), () -> engine.generate("a",
+                GREEDY),
                 () -> engine.generate("a"), () -> engine.stream("a", GREEDY), () -> engine.train(List.of(SEQUENCE)),
-                () -> engine.logprobs(List.of(SEQUENCE), 1), () -> engine.freezeReference(), () -> engine.sleep(), () -> engine.wake(),
-                () -> engine.resizeKv(1 << 20), () -> engine.onEachRank(model -> 1), () -> engine.save(Path.of("never")),
+                () -> engine.streamTokens(new int[] {1}, GREEDY), () -> engine.logprobs(List.of(SEQUENCE), 1),
+                        () -> engine.freezeReference(), () -> engine.sleep(), () -> engine.wake(),
+                () -> engine.resizeKv(1 << 20), () -> engine.onEachRank(model -> 1),
+                        () -> engine.save(Path.of("never")),
                 () -> engine.tokenizer(), () -> engine.chatPrompt(List.of()));
         uses.forEach(use -> message(IllegalStateException.class, use, "the engine is closed"));
         assertFalse(Files.exists(Path.of("never")));
@@ -212,7 +224,8 @@ class BadInputTest {
             }
         });
         await(entered);
-        for (Executable use : List.<Executable>of(() -> engine.generateTokens(PROMPTS, GREEDY), () -> engine.train(List.of(SEQUENCE)),
+        for (Executable use : List.<Executable>of(() -> engine.generateTokens(PROMPTS, GREEDY),
+                () -> engine.train(List.of(SEQUENCE)),
                 () -> engine.sleep(), () -> engine.stream("a", GREEDY), () -> engine.close())) {
             message(IllegalStateException.class, use, "engine.onEachRank", "\"first-user\"", "one call at a time");
         }
@@ -278,9 +291,11 @@ class BadInputTest {
         message(ArithmeticException.class, () -> engine.train(List.of(SEQUENCE), t -> {
             throw new ArithmeticException("my own");
         }, 1), "my own");
-        message(IllegalArgumentException.class, () -> engine.train(List.of(SEQUENCE), t -> t.logprob().mul(t.advantage()).sum(), 1),
+        message(IllegalArgumentException.class, () -> engine.train(List.of(SEQUENCE),
+                t -> t.logprob().mul(t.advantage()).sum(), 1),
                 "advantages");
-        message(IllegalArgumentException.class, () -> engine.train(List.of(SEQUENCE), t -> t.logprob(), 1), "one number", "[4]");
+        message(IllegalArgumentException.class, () -> engine.train(List.of(SEQUENCE), t -> t.logprob(), 1),
+                "one number", "[4]");
         message(IllegalArgumentException.class,
                 () -> engine.train(List.of(SEQUENCE), t -> Tensor.of(t.logprob().device(), 1f), 1), "constant");
         assertEquals(0, engine.weightVersion());
@@ -292,42 +307,54 @@ class BadInputTest {
         int[] three = {1, 2, 3};
         boolean[] trained = {false, true, true};
         float[] weight = {0, 1, 1};
-        message(IllegalArgumentException.class, () -> new TrainingSequence(three, new boolean[2], weight, null, null, null),
+        message(IllegalArgumentException.class, () -> new TrainingSequence(three, new boolean[2], weight, null, null,
+                null),
                 "trained has 2 values for 3 tokens");
-        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, new float[4], null, null, null), "weight has 4");
-        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, weight, new float[1], null, null), "old has 1");
-        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, weight, null, new float[9], null), "reference");
-        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, weight, null, null, new float[0]), "advantage");
+        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, new float[4], null, null,
+                null), "weight has 4");
+        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, weight, new float[1], null,
+                null), "old has 1");
+        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, weight, null, new float[9],
+                null), "reference");
+        message(IllegalArgumentException.class, () -> new TrainingSequence(three, trained, weight, null, null,
+                new float[0]), "advantage");
         message(IllegalArgumentException.class, () -> TrainingSequence.of(new int[] {1}, 0, 1), "at least two tokens");
         message(IllegalArgumentException.class,
-                () -> new TrainingSequence(three, new boolean[] {true, true, true}, weight, null, null, null), "first token");
+                () -> new TrainingSequence(three, new boolean[] {true, true, true}, weight, null, null, null),
+                        "first token");
         TrainingSequence unknown = TrainingSequence.of(new int[] {1, 2, 512}, 1, 1);
         message(IllegalArgumentException.class, () -> engine.train(List.of(SEQUENCE, unknown)), "sequence 1", "512");
         TrainingSequence negative = TrainingSequence.of(new int[] {1, -2, 5}, 1, 1);
-        message(IllegalArgumentException.class, () -> engine.logprobs(List.of(SEQUENCE, negative), 1), "sequence 1", "-2");
+        message(IllegalArgumentException.class, () -> engine.logprobs(List.of(SEQUENCE, negative), 1), "sequence 1",
+                "-2");
         TrainingSequence longer = TrainingSequence.of(new int[1026], 1, 1);
-        message(IllegalArgumentException.class, () -> engine.train(List.of(longer)), "sequence 0", "1026 tokens", "1024");
+        message(IllegalArgumentException.class, () -> engine.train(List.of(longer)), "sequence 0", "1026 tokens",
+                "1024");
         TrainingSequence untrained = TrainingSequence.of(three, 3, 1);
         message(IllegalArgumentException.class, () -> engine.train(List.of(untrained)), "trained token");
         message(IllegalArgumentException.class, () -> engine.train(List.of()), "trained token");
-        message(IllegalArgumentException.class, () -> engine.logprobs(List.of(SEQUENCE, untrained), 1), "no scored token");
+        message(IllegalArgumentException.class, () -> engine.logprobs(List.of(SEQUENCE, untrained), 1),
+                "no scored token");
         TrainingSequence withOld = new TrainingSequence(three, trained, weight, new float[3], null, null);
         message(IllegalArgumentException.class, () -> engine.train(List.of(SEQUENCE, withOld)), "old log-probs");
         message(IllegalArgumentException.class, () -> engine.train(List.of(withOld, SEQUENCE)), "old log-probs");
         for (double temperature : new double[] {0, -1, Double.NaN, Double.POSITIVE_INFINITY}) {
-            message(IllegalArgumentException.class, () -> engine.logprobs(List.of(SEQUENCE), temperature), "temperature");
+            message(IllegalArgumentException.class, () -> engine.logprobs(List.of(SEQUENCE), temperature),
+                    "temperature");
         }
         assertEquals(0, engine.weightVersion());
     }
 
     @Test
     void engineWithoutATokenizer() {
-        try (HybridEngine bare = HybridEngine.create(TinyModels.llama(), null, EngineOptions.defaults().kvBytes(1 << 20))) {
+        try (HybridEngine bare = HybridEngine.create(TinyModels.llama(), null,
+                EngineOptions.defaults().kvBytes(1 << 20))) {
             message(IllegalStateException.class, () -> bare.generate("a", GREEDY), "no tokenizer");
             message(IllegalStateException.class, () -> bare.stream("a", GREEDY), "no tokenizer");
             assertEquals(10, bare.generateTokens(List.of(new int[] {1}), GREEDY).getFirst().tokens().length);
         }
-        message(IllegalArgumentException.class, () -> HybridEngine.create(TinyModels.llama(), engine.tokenizer(), engine.options()),
+        message(IllegalArgumentException.class, () -> HybridEngine.create(TinyModels.llama(), engine.tokenizer(),
+                engine.options()),
                 "511", "64");
     }
 }

@@ -84,7 +84,8 @@ class HybridEngineTest {
             assertTrue(after.stream().allMatch(c -> c.cachedTokens() == 0), "keys of older weights are not found");
             assertTrue(Math.abs(before.getFirst().logprobs()[0] - after.getFirst().logprobs()[0]) > 1e-3);
             assertArrayEquals(addresses, addresses(engine));
-            assertEquals(engine.onEachRank(model -> model.arena().bytes()), engine.onEachRank(model -> model.memory().held(Use.WEIGHTS)));
+            assertEquals(engine.onEachRank(model -> model.arena().bytes()),
+                    engine.onEachRank(model -> model.memory().held(Use.WEIGHTS)));
 
             engine.save(folder);
             try (HybridEngine opened = HybridEngine.open(folder, options())) {
@@ -99,7 +100,8 @@ class HybridEngineTest {
         return engine.onEachRank(model -> Stream.concat(
                 Stream.of(model.arena().address(), model.arena().logitMatrix().address(), model.generator().kvAddress(),
                         model.arena().layer(0).weight(ParameterRole.Q_WEIGHT).address()),
-                model.arena().groups().stream().map(group -> group.flat().address())).mapToLong(Long::longValue).toArray()).getFirst();
+                model.arena().groups().stream().map(group -> group.flat().address()))
+                .mapToLong(Long::longValue).toArray()).getFirst();
     }
 
     @Test
@@ -209,7 +211,8 @@ class HybridEngineTest {
     void streamsWhatItGenerates() {
         String prompt = "Hello, world";
         try (HybridEngine engine = fixture("llama")) {
-            for (SamplingParams params : List.of(GREEDY, GREEDY.temperature(1.2).seed(5), GREEDY.stopStrings(List.of("e", "a")))) {
+            for (SamplingParams params : List.of(GREEDY, GREEDY.temperature(1.2).seed(5),
+                    GREEDY.stopStrings(List.of("e", "a")))) {
                 Completion whole = engine.generate(prompt, params);
                 List<Token> tokens;
                 try (Stream<Token> stream = engine.stream(prompt, params)) {
@@ -220,12 +223,14 @@ class HybridEngineTest {
                 for (int i = 0; i < tokens.size(); i++) {
                     assertEquals(whole.logprobs()[i], tokens.get(i).logprob(), 1e-5);
                 }
-                assertEquals(whole.tokens().length, engine.generate(prompt, params).tokens().length, "an ended stream frees the engine");
+                assertEquals(whole.tokens().length, engine.generate(prompt, params).tokens().length,
+                        "an ended stream frees the engine");
             }
             Completion expected = engine.generate(prompt, GREEDY);
             try (Stream<Token> stream = engine.stream(prompt, GREEDY)) {
                 assertEquals(expected.tokens()[0], stream.iterator().next().id());
-                String message = assertThrows(IllegalStateException.class, () -> engine.generate(prompt, GREEDY)).getMessage();
+                String message = assertThrows(IllegalStateException.class, () -> engine.generate(prompt,
+                        GREEDY)).getMessage();
                 assertTrue(message.contains("engine.generate") && message.contains("engine.stream"), message);
             }
             assertArrayEquals(expected.tokens(), engine.generate(prompt, GREEDY).tokens());
@@ -263,17 +268,18 @@ class HybridEngineTest {
                 engine.wake();
             }
             long grown = residentBesideHeap() - resident;
-            System.out.printf("%s: after %d phase switches %d native objects and %.1f MiB resident more%n", dtype, switches,
+            System.out.printf("%s: after %d phase switches %d native objects and %.1f MiB resident more%n", dtype,
+                    switches,
                     Pointer.totalCount() - pointers, grown / 0x1p20);
             NativeObjects.check(pointers);
-            // Gradients, moments or pages left over by each step would be 150 MiB by now and more; the compiler takes a little.
+            // Gradients, moments or pages left over by each step would be 150 MiB by now; the compiler takes a little.
             assertTrue(grown < 32 << 20, "resident memory grew by " + grown + " bytes");
         }
     }
 
     /**
-     * Resident bytes outside the Java heap, which breathes with the collector: HotSpot keeps a heap of this size below 32 GiB, and
-     * what libtorch and mmap give lies above. Where the system does not tell, all resident bytes after a collection.
+     * Resident bytes outside the Java heap, which breathes with the collector: HotSpot keeps a heap of this size below
+     * 32 GiB, and what libtorch and mmap give lies above. Where the system does not tell, all resident bytes after a collection.
      */
     private static long residentBesideHeap() throws IOException {
         System.gc();
@@ -300,7 +306,8 @@ class HybridEngineTest {
         // Adam's first steps follow the sign of gradients that may be rounding alone, hence a small rate.
         EngineOptions options = options().training(TrainerOptions.defaults().lr(1e-5));
         try (HybridEngine one = HybridEngine.open(Fixture.of("qwen3").folder(), options);
-                HybridEngine two = HybridEngine.open(Fixture.of("qwen3").folder(), options.devices(Device.cpu(0), Device.cpu(1)))) {
+                HybridEngine two = HybridEngine.open(Fixture.of("qwen3").folder(), options.devices(Device.cpu(0),
+                        Device.cpu(1)))) {
             assertSame(two.generateTokens(prompts, GREEDY), one.generateTokens(prompts, GREEDY), 1e-5);
             assertSame(two.generateTokens(prompts, sampled), one.generateTokens(prompts, sampled), 1e-5);
             for (int i = 0; i < 3; i++) {
@@ -312,7 +319,8 @@ class HybridEngineTest {
             for (Use use : List.of(Use.OPTIMIZER, Use.GRADIENTS)) {
                 double whole = held(one, use);
                 assertTrue(whole > 0);
-                two.onEachRank(model -> model.memory().held(use)).forEach(part -> assertEquals(0.5, part / whole, 0.01, use.toString()));
+                two.onEachRank(model -> model.memory().held(use)).forEach(part -> assertEquals(0.5, part / whole,
+                        0.01, use.toString()));
                 two.onEachRank(model -> model.memory().peak(use)).forEach(part -> assertTrue(part < one.onEachRank(
                         model -> model.memory().peak(use)).getFirst(), use + " at its peak"));
             }
@@ -325,12 +333,14 @@ class HybridEngineTest {
     }
 
     static float[] weights(ModelRank model) {
-        return MemorySegment.ofAddress(model.arena().address()).reinterpret(model.arena().bytes()).toArray(ValueLayout.JAVA_FLOAT);
+        return MemorySegment.ofAddress(model.arena().address()).reinterpret(model.arena().bytes())
+                .toArray(ValueLayout.JAVA_FLOAT);
     }
 
     @Test
     void runsAFunctionOnEachRank() {
-        try (HybridEngine engine = HybridEngine.open(Fixture.of("opt").folder(), options().devices(Device.cpu(0), Device.cpu(1)))) {
+        try (HybridEngine engine = HybridEngine.open(Fixture.of("opt").folder(), options().devices(Device.cpu(0),
+                Device.cpu(1)))) {
             assertEquals(List.of("rank-0 of 2", "rank-1 of 2"), engine.onEachRank(
                     model -> Thread.currentThread().getName() + " of " + model.rank().count()));
             List<Double> sums = engine.onEachRank(model -> {

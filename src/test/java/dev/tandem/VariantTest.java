@@ -26,7 +26,8 @@ import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.MethodSource;
 
-/** What the families' files can ask for beside the usual, against transformers in float64: forward, backward, generated, saved. */
+/** What the families' files can ask for beside the usual, against transformers in float64: forward, backward,
+        generated, saved. */
 @ExtendWith(NativeObjects.class)
 class VariantTest {
     static Stream<String> variants() throws IOException {

@@ -555,16 +555,20 @@ public final class Tensor implements AutoCloseable {
         return new Tensor(torch.log_softmax(t, dimension));
     }
 
-    /** {@return the sum of squares of all elements, accumulated in double precision where that is cheap} */
+    /** {@return the sum of squares of all elements of a contiguous tensor, in pieces that are added up in double precision} */
     public double sumOfSquares() {
+        double sum = 0;
         try (Scope scope = Scope.open()) {
-            Scalar two = new Scalar(2.0);
-            double norm = torch.linalg_vector_norm(t.reshape(-1), two, NO_DIMENSIONS, false, NONE.doubleType).item_double();
-            return norm * norm;
+            org.bytedeco.pytorch.Tensor flat = t.reshape(-1);
+            for (long at = 0; at < t.numel(); at += PIECE) {
+                org.bytedeco.pytorch.Tensor piece = flat.narrow(0, at, Math.min(PIECE, t.numel() - at));
+                sum += piece.dot(piece).item_double();
+            }
         }
+        return sum;
     }
 
-    private static final long[] NO_DIMENSIONS = {0};
+    private static final long PIECE = 1 << 16;
 
     // ---- selecting ------------------------------------------------------------------------------------------------------
 
@@ -747,12 +751,10 @@ public final class Tensor implements AutoCloseable {
     private static final class NONE {
         static final MemoryFormatOptional memoryFormat = new MemoryFormatOptional();
         static final ScalarTypeOptional scalarType = new ScalarTypeOptional();
-        static final ScalarTypeOptional doubleType = new ScalarTypeOptional(ScalarType.Double);
 
         static {
             memoryFormat.retainReference();
             scalarType.retainReference();
-            doubleType.retainReference();
         }
     }
 

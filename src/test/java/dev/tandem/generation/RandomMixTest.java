@@ -28,12 +28,12 @@ import org.bytedeco.javacpp.Pointer;
 import org.junit.jupiter.api.Test;
 
 /**
- * What a request gets does not depend on what runs beside it. Random models, prompts, parameters and pool sizes, with requests that
- * come late, are aborted, and sleeps in between, against each request alone in a cache that is large enough.
+ * What a request gets does not depend on what runs beside it. Random models, prompts, parameters and pool sizes, with
+ * requests that come late, are aborted, and sleeps in between, against each request alone in a cache that is large enough.
  *
- * <p>Other shapes round otherwise, so where two tokens are as good as equal the mixed run may choose the other one. A difference is
- * only accepted where noise of {@value #NOISE} on the logits of a plain forward pass leads to both tokens; greedily that means that
- * the best two lie within twice that.
+ * <p>Other shapes round otherwise, so where two tokens are as good as equal the mixed run may choose the other one. A
+ * difference is only accepted where noise of {@value #NOISE} on the logits of a plain forward pass leads to both tokens;
+ * greedily that means that the best two lie within twice that.
  */
 class RandomMixTest {
     private static final int MIXES = 200;
@@ -61,8 +61,9 @@ class RandomMixTest {
                 throw new AssertionError("seed " + seed + ": " + e, e);
             }
         }
-        System.out.printf("%d samples equal, %d rounding ties, %d preemptions, %d prefix hits, %d chunked prompts, %d copied forks, "
-                + "%d aborted, %d sleeps, %d tokens as without a cache%n", compared, ties, preemptions, cached, chunked, forkedCopies, aborted, slept, plain);
+        System.out.printf("%d samples equal, %d rounding ties, %d preemptions, %d prefix hits, %d chunked prompts, "
+                + "%d copied forks, %d aborted, %d sleeps, %d tokens as without a cache%n", compared, ties, preemptions, cached,
+                        chunked, forkedCopies, aborted, slept, plain);
         NativeObjects.check(pointers);
         assertTrue(preemptions > 100 && cached > 100 && chunked > 100 && forkedCopies > 5 && aborted > 20 && slept > 20,
                 "the mixes do not reach everything");
@@ -73,7 +74,8 @@ class RandomMixTest {
         SplittableRandom random = new SplittableRandom(seed);
         boolean fixture = seed % 8 == 0;
         String family = Fixture.FAMILIES.get(random.nextInt(4));
-        ModelConfig config = fixture ? ModelConfig.read(Fixture.of(family).folder()) : TinyModels.random(family, random);
+        ModelConfig config = fixture ? ModelConfig.read(Fixture.of(family).folder()) : TinyModels.random(family,
+                random);
         try (WeightArena arena = new WeightArena(new WeightLayout(config, 1), Device.cpu(), DType.FLOAT32);
                 Decoder decoder = new Decoder(config, Device.cpu(), DType.FLOAT32)) {
             if (fixture) {
@@ -144,11 +146,13 @@ class RandomMixTest {
 
     private static SamplingParams params(ModelConfig config, SplittableRandom random, int room) {
         int most = random.nextInt(1, Math.min(room, 24) + 1);
-        SamplingParams params = SamplingParams.greedy().maxTokens(most).minTokens(random.nextInt(3) == 0 ? random.nextInt(most + 1) : 0)
+        SamplingParams params = SamplingParams.greedy().maxTokens(most).minTokens(random.nextInt(3) == 0
+                ? random.nextInt(most + 1) : 0)
                 .ignoreEos(random.nextBoolean()).n(random.nextInt(3) == 0 ? random.nextInt(2, 5) : 1)
                 .logprobKind(LogprobKind.values()[random.nextInt(3)]);
         if (random.nextInt(4) == 0) {
-            params = params.stopTokenIds(List.of(random.nextInt(config.vocabSize()), random.nextInt(config.vocabSize())));
+            params = params.stopTokenIds(List.of(random.nextInt(config.vocabSize()),
+                    random.nextInt(config.vocabSize())));
         }
         if (random.nextInt(4) == 0) {
             params = params.stopStrings(List.of(String.valueOf((char) ('a' + random.nextInt(26))), "ab"));
@@ -160,7 +164,8 @@ class RandomMixTest {
             return params;
         }
         params = params.temperature(0.3 + 1.5 * random.nextDouble()).topK(random.nextInt(2) * random.nextInt(12))
-                .topP(random.nextBoolean() ? 1 : 0.3 + 0.7 * random.nextDouble()).minP(random.nextBoolean() ? 0 : 0.1 * random.nextDouble());
+                .topP(random.nextBoolean() ? 1 : 0.3 + 0.7 * random.nextDouble()).minP(random.nextBoolean() ? 0
+                        : 0.1 * random.nextDouble());
         return random.nextBoolean() ? params : params.seed(random.nextLong());
     }
 
@@ -180,7 +185,8 @@ class RandomMixTest {
         int threshold = random.nextBoolean() ? 2048 : random.nextInt(1, 20);
         GeneratorOptions options = new GeneratorOptions(blockSize, budget, running, threshold, random.nextInt(6) == 0,
                 random.nextInt(3) > 0);
-        int least = 1 + prompts.stream().mapToInt(p -> Math.ceilDiv(p.tokens().length + p.params().maxTokens(), blockSize)).max().orElse(1);
+        int least = 1 + prompts.stream().mapToInt(p -> Math.ceilDiv(p.tokens().length + p.params().maxTokens(),
+                blockSize)).max().orElse(1);
         int blocks = least + (random.nextInt(3) == 0 ? 0 : random.nextInt(4 * least));
         List<Completion> done = new ArrayList<>();
         List<Prompt> later = new ArrayList<>(prompts);
@@ -209,15 +215,18 @@ class RandomMixTest {
             preemptions += generator.preemptions();
             long separately = done.stream().mapToLong(c -> c.promptTokens().length + c.tokens().length - 1L).sum();
             boolean partial = prompts.stream().allMatch(p -> p.params().n() == 1 || p.tokens().length % blockSize > 0);
-            if (!options.prefixCaching() && generator.preemptions() == 0 && generator.computedTokens() < separately && partial
+            if (!options.prefixCaching() && generator.preemptions() == 0 && generator.computedTokens() < separately
+                    && partial
                     && done.stream().noneMatch(c -> c.finish() instanceof Finish.Aborted)) {
                 forkedCopies++; // nothing but a fork saves work here, and every fork has a partial page
             }
         }
         for (Prompt prompt : prompts) {
             chunked += prompt.tokens().length > Math.min(threshold, budget) ? 1 : 0;
-            Completion first = done.stream().filter(c -> c.prompt() == prompt.index() && c.sample() == 0).findFirst().orElseThrow();
-            assertArrayEquals(first.tokens(), heard.get(prompt.index()).stream().mapToInt(i -> i).toArray(), "tokens of the listener");
+            Completion first = done.stream().filter(c -> c.prompt() == prompt.index()
+                    && c.sample() == 0).findFirst().orElseThrow();
+            assertArrayEquals(first.tokens(), heard.get(prompt.index()).stream().mapToInt(i -> i).toArray(),
+                    "tokens of the listener");
         }
         assertEquals(prompts.stream().mapToInt(p -> p.params().n()).sum(), done.size());
         return done;
@@ -232,7 +241,8 @@ class RandomMixTest {
         int length = Math.min(alone.tokens().length, mixed.tokens().length);
         if (common >= 0 && common < length) {
             assertTrue(tie(arena, decoder, prompt, alone, mixed.tokens()[common], common),
-                    what + ": token " + common + " differs\nalone " + alone + Arrays.toString(alone.tokens()) + "\nmixed " + mixed
+                    what + ": token " + common + " differs\nalone " + alone + Arrays.toString(alone.tokens())
+                            + "\nmixed " + mixed
                             + Arrays.toString(mixed.tokens()));
             ties++;
             length = common;
@@ -257,7 +267,8 @@ class RandomMixTest {
         float[][] logits = PlainForward.logits(arena, decoder, tokens);
         for (int t = 0; t < alone.tokens().length; t++) {
             int[] before = Arrays.copyOf(tokens, prefix + t);
-            assertTrue(leadsTo(arena, prompt, alone.sample(), before, logits[prefix + t - 1], alone.tokens()[t], alone.tokens()[t]),
+            assertTrue(leadsTo(arena, prompt, alone.sample(), before, logits[prefix + t - 1], alone.tokens()[t],
+                    alone.tokens()[t]),
                     "prompt " + prompt.index() + ", token " + t + " without a cache");
             plain++;
         }
@@ -272,7 +283,8 @@ class RandomMixTest {
         return leadsTo(arena, prompt, alone.sample(), tokens, logits, alone.tokens()[at], other);
     }
 
-    private static boolean leadsTo(WeightArena arena, Prompt prompt, int sample, int[] before, float[] logits, int one, int other) {
+    private static boolean leadsTo(WeightArena arena, Prompt prompt, int sample, int[] before, float[] logits,
+            int one, int other) {
         SamplingParams params = prompt.params();
         int[] masked = new int[0];
         if (before.length - prompt.tokens().length < params.minTokens()) {

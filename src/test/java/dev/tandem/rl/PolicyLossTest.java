@@ -19,7 +19,8 @@ import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
 
 class PolicyLossTest {
-    /** GSPO's ratios are nearly 1, so its loss is what is left of a sum that cancels, and shows the inputs' rounding. */
+    /** GSPO's ratios are nearly 1, so its loss is what is left of a sum that cancels,
+            and shows the inputs' rounding. */
     private static final double TOLERANCE = 5e-5;
 
     record Variant(PolicyLoss loss, Aggregation aggregation, double expected, double gradientNorm) {}
@@ -48,7 +49,8 @@ class PolicyLossTest {
             PolicyLoss loss = new PolicyLoss(v.get("clip_low").getAsDouble(), v.get("clip_high").getAsDouble(),
                     v.get("sequence_ratio").getAsBoolean(), kl,
                     kl == KlEstimator.NONE ? 0 : policy.get("kl_coef").getAsDouble(), 0);
-            variants.put(name, new Variant(loss, aggregation, v.get("loss").getAsDouble(), v.get("grad_norm").getAsDouble()));
+            variants.put(name, new Variant(loss, aggregation, v.get("loss").getAsDouble(),
+                    v.get("grad_norm").getAsDouble()));
         });
         return variants;
     }
@@ -75,7 +77,8 @@ class PolicyLossTest {
             double found = loss(batch, v.loss(), v.aggregation());
             double difference = Math.abs(found - v.expected()) / Math.abs(v.expected());
             largest = Math.max(largest, difference);
-            assertTrue(difference < TOLERANCE, family + " " + entry.getKey() + ": " + found + ", expected " + v.expected());
+            assertTrue(difference < TOLERANCE, family + " " + entry.getKey() + ": " + found + ", expected "
+                    + v.expected());
             assertEquals(v.expected(), batch.loss(v.loss(), v.aggregation(), null), 1e-12, "the test's own formula");
         }
         System.out.printf("%s: largest relative difference of a policy loss %.2g%n", family, largest);

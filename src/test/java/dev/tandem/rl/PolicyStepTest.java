@@ -21,7 +21,8 @@ import org.junit.jupiter.api.extension.ExtendWith;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.ValueSource;
 
-/** Policy losses and their gradients through the whole model, against transformers in float64, on one rank and on two. */
+/** Policy losses and their gradients through the whole model, against transformers in float64,
+        on one rank and on two. */
 @ExtendWith(NativeObjects.class)
 class PolicyStepTest {
     private static final double BETWEEN_RANKS = 1e-5;
@@ -34,9 +35,11 @@ class PolicyStepTest {
         EngineOptions options = EngineOptions.defaults().kvBytes(1 << 20);
         TrainerOptions training = TrainerOptions.defaults().lr(0);
         Map<String, TrainStep> one = steps(family, variants, options.training(training));
-        Map<String, TrainStep> cut = steps(family, variants, options.training(training.microBatchTokens(40).memory(0, 1 << 14)));
+        Map<String, TrainStep> cut = steps(family, variants, options.training(training.microBatchTokens(40).memory(0,
+                1 << 14)));
         Map<String, TrainStep> two =
-                steps(family, variants, options.training(training.microBatchTokens(40)).devices(Device.cpu(0), Device.cpu(1)));
+                steps(family, variants, options.training(training.microBatchTokens(40)).devices(Device.cpu(0),
+                        Device.cpu(1)));
         double worst = 0;
         double apart = 0;
         for (var entry : variants.entrySet()) {
@@ -52,11 +55,13 @@ class PolicyStepTest {
             apart = Math.max(apart, Math.abs(two.get(entry.getKey()).loss() / reference.loss() - 1));
             apart = Math.max(apart, Math.abs(two.get(entry.getKey()).gradientNorm() / reference.gradientNorm() - 1));
         }
-        System.out.printf("%s: policy steps within %.2e of float64, two ranks within %.2e of one%n", family, worst, apart);
+        System.out.printf("%s: policy steps within %.2e of float64, two ranks within %.2e of one%n", family, worst,
+                apart);
         assertTrue(apart < BETWEEN_RANKS, family + ": two ranks differ by " + apart);
     }
 
-    private static Map<String, TrainStep> steps(String family, Map<String, PolicyLossTest.Variant> variants, EngineOptions options) {
+    private static Map<String, TrainStep> steps(String family, Map<String, PolicyLossTest.Variant> variants,
+            EngineOptions options) {
         Map<String, TrainStep> steps = new TreeMap<>();
         try (HybridEngine engine = HybridEngine.open(Fixture.of(family).folder(), options)) {
             variants.forEach((name, v) -> steps.put(name, engine.train(batch(family, v.aggregation()), v.loss(), 1)));

@@ -46,14 +46,16 @@ class FixtureTrainingTest {
         double[] losses = Fixture.doubles(run.getAsJsonArray("loss"));
         double[] norms = Fixture.doubles(run.getAsJsonArray("grad_norm"));
         double worst = 0;
-        try (Ranks group = ranks(ranks); RankModel model = new RankModel(fixture.folder(), group, DType.FLOAT32, options)) {
+        try (Ranks group = ranks(ranks); RankModel model = new RankModel(fixture.folder(), group, DType.FLOAT32,
+                options)) {
             for (int i = 0; i < losses.length; i++) {
                 TrainStep step = model.trainer.step(batch, t -> t.logprob().mul(t.weight()).sum().neg(), 1);
                 worst = Math.max(worst, Math.abs(step.loss() / losses[i] - 1));
                 worst = Math.max(worst, Math.abs(step.gradientNorm() / norms[i] - 1));
             }
         }
-        System.out.printf("%s, %d ranks: largest relative difference of loss or gradient norm %.2e%n", fixture, ranks, worst);
+        System.out.printf("%s, %d ranks: largest relative difference of loss or gradient norm %.2e%n", fixture, ranks,
+                worst);
         assertTrue(worst < 1e-4, "largest relative difference " + worst);
     }
 
