@@ -39,10 +39,10 @@ public record TrainerOptions(LearningRate lr, double beta1, double beta2, double
         }
     }
 
-    /** {@return AdamW(0.9, 0.95, 1e-8), no weight decay, clipping at 1, constant rate 1e-5, 1,024 tokens at once} */
+    /** {@return AdamW(0.9, 0.95, 1e-8), no weight decay, clipping at 1, constant rate 1e-5, 512 tokens at once} */
     public static TrainerOptions defaults() {
         return new TrainerOptions(
-                LearningRate.constant(1e-5), 0.9, 0.95, 1e-8, 0, false, 1, 1024, 768L << 20, 256L << 20);
+                LearningRate.constant(1e-5), 0.9, 0.95, 1e-8, 0, false, 1, 512, 768L << 20, 256L << 20);
     }
 
     /** {@return these options with another learning rate} */
