@@ -53,8 +53,8 @@ public final class Ranks implements AutoCloseable {
             threads.add(Executors.newSingleThreadExecutor(
                     Thread.ofPlatform().name(name).daemon().factory()));
             running.add(null);
+            threads.get(i).execute(() -> Threads.perOperation(cores));
             if (devices.size() > 1) {
-                threads.get(i).execute(() -> Threads.perOperation(cores));
                 collectives.add(new RankCollectives(i, devices.size()));
             }
             ranks.add(new Rank(i, devices.size(), devices.get(i), devices.size() > 1 ? collectives.get(i) : Collectives.alone()));
