@@ -66,7 +66,7 @@ snippets = {
     "escapes": "{{ 'a\\tb\\\\c\\'d\\\"e\\x41\\u00e9\\U0001F642\\q' }}{{ \"two\nlines\" }}",
     "lists": "{{ [1] + [2] }}{{ [1] * 2 }}{{ 'ab' * 3 }}{{ 3 * 'x' }}{{ [1, 2][-1] }}{{ [1,2][9] }}{{ [[1, 2], [3]][0][1] }}",
     "generation": "{% generation %} a {% endgeneration %}\nb",
-    "dict": "{{ dict(a=1, b=2) }}{{ dict({'x': 1}, y=2) }}",
+    "dict": "{{ dict(zulu=1, alpha=2, mike=3) }}{{ dict(a=1, b=2) }}{{ dict({'x': 1}, y=2) }}",
     "newlines": "a\r\nb\rc\n",
     "attributes": "{% set m = {'content': 'c', 'role': 'r'} %}{{ m.content }}{{ m['role'] }}{{ m.nope }}{{ m['nope'] is defined }}{{ none.x is defined }}{{ 'abc'.nope is defined }}",
     "ranges": "{{ range(3) | list }}{{ range(5, 1, -2) | list }}{{ range(1, 3) | list }}",

@@ -3,6 +3,7 @@ package dev.tandem;
 import dev.tandem.EngineEvents.PhaseChange;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.ProcessMemory;
+import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.Prompt;
@@ -92,7 +93,7 @@ public final class HybridEngine implements AutoCloseable {
     }
 
     /**
-     * Opens a Hugging Face folder and loads its weights.
+     * Opens a Hugging Face folder and loads its weights. Without a tokenizer in it, prompts are token ids.
      *
      * @throws dev.tandem.model.ModelFormatException naming the file and what is wrong with it
      * @throws TandemException when the model does not fit into memory, with the plan
@@ -169,6 +170,7 @@ public final class HybridEngine implements AutoCloseable {
 
     /** {@return as {@link #generate(List, SamplingParams)}, for prompts that are token ids} */
     public List<Completion> generateTokens(List<int[]> prompts, SamplingParams params) {
+        requireOpen();
         List<Prompt> requests = new ArrayList<>();
         for (int i = 0; i < prompts.size(); i++) {
             requests.add(new Prompt(i, tokenizer == null ? "" : tokenizer.decode(prompts.get(i), false), prompts.get(i), params));
@@ -475,7 +477,7 @@ public final class HybridEngine implements AutoCloseable {
     private Tokenizer requireTokenizer() {
         requireOpen();
         if (tokenizer == null) {
-            throw new IllegalStateException("the engine was made without a tokenizer: prompts must be token ids");
+            throw new IllegalStateException("the model has no tokenizer: prompts must be token ids");
         }
         return tokenizer;
     }
@@ -483,7 +485,8 @@ public final class HybridEngine implements AutoCloseable {
     // ---- the rest -------------------------------------------------------------------------------------------------------
 
     /**
-     * Runs a function beside the model on every rank's thread, at the same time.
+     * Runs a function beside the model on every rank's thread, at the same time. Tensors that it makes are released when it returns,
+     * unless it keeps them. A function that writes weights calls {@link ModelRank#weightsReplaced} afterwards.
      *
      * @return the results in the order of the ranks
      * @throws dev.tandem.parallel.RankException naming a rank that threw or did not arrive where the others waited for it
@@ -491,7 +494,11 @@ public final class HybridEngine implements AutoCloseable {
     public <T extends @Nullable Object> List<T> onEachRank(Function<ModelRank, T> function) {
         try (Occupancy.Hold hold = occupancy.enter("onEachRank")) {
             requireOpen();
-            return ranks.onEach(rank -> function.apply(models.get(rank.index())));
+            return ranks.onEach(rank -> {
+                try (Scope scope = Scope.open()) {
+                    return function.apply(models.get(rank.index()));
+                }
+            });
         }
     }
 

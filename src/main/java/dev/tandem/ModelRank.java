@@ -80,6 +80,15 @@ public final class ModelRank implements AutoCloseable {
         return reference;
     }
 
+    /**
+     * Takes note that the weights were written by other hands than the trainer's: keys and values in the prefix cache are forgotten,
+     * and FLOAT32 masters are taken from the weights again.
+     */
+    public void weightsReplaced() {
+        generator.forgetPrefixes();
+        trainer.weightsReplaced();
+    }
+
     /** Keeps a copy of the weights as they are. */
     void freezeReference() {
         DType dtype = arena.dtype();

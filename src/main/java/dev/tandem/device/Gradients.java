@@ -1,6 +1,7 @@
 package dev.tandem.device;
 
 import org.bytedeco.pytorch.AutoGradMode;
+import org.bytedeco.pytorch.GradMode;
 
 /**
  * Switches automatic differentiation off or on, on this thread and for a block of code. The switch is a native thread-local: use it on
@@ -22,6 +23,11 @@ public final class Gradients implements AutoCloseable {
     /** {@return a block in which operations are recorded, within one in which they are not} */
     public static Gradients enabled() {
         return new Gradients(true);
+    }
+
+    /** {@return whether operations of this thread are recorded} */
+    public static boolean areEnabled() {
+        return GradMode.is_enabled();
     }
 
     @Override

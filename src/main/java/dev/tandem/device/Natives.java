@@ -11,8 +11,12 @@ final class Natives {
     static {
         // JavaCPP would read the process's memory on every new pointer and refuse to go past four times the heap.
         setIfAbsent("org.bytedeco.javacpp.maxPhysicalBytes", "0");
-        // By default OpenMP's threads spin for milliseconds after each operation, and take the core from whoever else needs it.
+        // OpenMP's and the BLAS's threads spin after each operation, by default for many milliseconds, and so take the cores from
+        // each other and from whoever else needs them. Not at all is as bad: waking a thread takes longer than a small operation.
+        // About 0.1 ms bridges the gaps of a decoding step.
         Environment.setIfAbsent("OMP_WAIT_POLICY", "passive");
+        Environment.setIfAbsent("GOMP_SPINCOUNT", "10000");
+        Environment.setIfAbsent("OPENBLAS_THREAD_TIMEOUT", "12");
         try {
             Loader.load(torch.class);
         } catch (LinkageError e) {

@@ -250,6 +250,11 @@ public final class Tensor implements AutoCloseable {
         }
     }
 
+    /** {@return the elements of a dimension in the opposite order, a copy} */
+    public Tensor flip(int dimension) {
+        return new Tensor(t.flip(dimension));
+    }
+
     /** {@return this tensor if its elements lie in row-major order, else a copy that does} */
     public Tensor contiguous() {
         return t.is_contiguous() ? this : new Tensor(t.contiguous());
@@ -605,6 +610,10 @@ public final class Tensor implements AutoCloseable {
 
     /** {@return this [.., k] times the transpose of {@code weight} [n, k], plus {@code bias} [n] if there is one} */
     public Tensor linear(Tensor weight, @Nullable Tensor bias) {
+        if (SkinnyMatmul.applies(t, weight.t)) {
+            Tensor product = SkinnyMatmul.multiply(this, weight);
+            return bias == null ? product : product.addInPlace(bias);
+        }
         if (bias == null) {
             return new Tensor(checked(() -> torch.linear(t, weight.t)));
         }
@@ -643,6 +652,12 @@ public final class Tensor implements AutoCloseable {
         return new Tensor(torch.silu(t));
     }
 
+    /** Replaces each element x by x × sigmoid(x). */
+    public Tensor siluInPlace() {
+        torch.silu_(t);
+        return this;
+    }
+
     /** {@return max(x, 0)} */
     public Tensor relu() {
         return new Tensor(torch.relu(t));
@@ -675,6 +690,11 @@ public final class Tensor implements AutoCloseable {
     public Tensor requireGradient() {
         t.requires_grad_(true);
         return this;
+    }
+
+    /** {@return whether this is a leaf whose gradient is wanted, or was computed from one with gradients enabled} */
+    public boolean requiresGradient() {
+        return t.requires_grad();
     }
 
     /** {@return the gradient that was accumulated for this leaf, or null if there is none} */

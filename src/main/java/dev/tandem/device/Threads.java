@@ -1,5 +1,6 @@
 package dev.tandem.device;
 
+import org.bytedeco.openblas.global.openblas_nolapack;
 import org.bytedeco.pytorch.global.torch;
 
 /** The number of cores that one libtorch operation on the CPU uses. */
@@ -13,7 +14,8 @@ public final class Threads {
     }
 
     /**
-     * Sets how many threads an operation started from the calling thread uses.
+     * Sets how many threads an operation started from the calling thread uses. Products of matrices are computed by a BLAS that knows
+     * only one number for the whole process: the last one set.
      *
      * @param threads at least 1
      */
@@ -23,5 +25,8 @@ public final class Threads {
         }
         Natives.load();
         torch.set_num_threads(threads);
+        try (Scope _ = Scope.open()) { // the call wraps the function's address in a new native object each time
+            openblas_nolapack.blas_set_num_threads(threads);
+        }
     }
 }

@@ -178,6 +178,12 @@ public final class Generator implements AutoCloseable {
         }
     }
 
+    /** Tells that the weights have changed within their version. Unfinished samples keep their tokens and are computed again. */
+    public void forgetPrefixes() {
+        scheduler.preemptAll();
+        pool.reset();
+    }
+
     /** Sets the seed of requests that bring none. */
     public void seed(long value) {
         seed = value;

@@ -2,6 +2,7 @@ package dev.tandem.model;
 
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.Gradients;
 import dev.tandem.device.Tensor;
 import org.jspecify.annotations.Nullable;
 
@@ -48,7 +49,7 @@ public final class Decoder implements AutoCloseable {
      * @return valid as long as the innermost scope
      */
     public Placement place(Tensor positions, int limit) {
-        return new Placement(positions, rotary == null ? null : rotary.at(positions, limit));
+        return new Placement(positions, rotary == null ? null : rotary.at(positions, limit, config.heads() + config.kvHeads()));
     }
 
     /** {@return hidden states [T, E] of tokens, INT64 [T]} */
@@ -119,7 +120,10 @@ public final class Decoder implements AutoCloseable {
         if (config.gatedMlp()) {
             Tensor both = x.linear(w.weight(ParameterRole.GATE_WEIGHT), w.find(ParameterRole.GATE_BIAS));
             long size = config.intermediateSize();
-            inner = activate(both.narrow(1, 0, size)).mul(both.narrow(1, size, size));
+            Tensor gate = both.narrow(1, 0, size);
+            Tensor up = both.narrow(1, size, size);
+            boolean inPlace = config.activation() == Activation.SILU && !Gradients.areEnabled();
+            inner = inPlace ? gate.siluInPlace().mulInPlace(up) : activate(gate).mul(up);
         } else {
             inner = activate(x.linear(w.weight(ParameterRole.UP_WEIGHT), w.find(ParameterRole.UP_BIAS)));
         }

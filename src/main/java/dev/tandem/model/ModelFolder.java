@@ -6,6 +6,7 @@ import java.util.LinkedHashSet;
 import java.util.List;
 import java.util.Map;
 import java.util.Set;
+import org.jspecify.annotations.Nullable;
 
 /**
  * A Hugging Face model folder, opened once and checked as a whole: that the weights are those of the config, and that
@@ -14,14 +15,18 @@ import java.util.Set;
  * <p>{@link #close} closes tokenizer and weights.
  */
 public final class ModelFolder implements AutoCloseable {
+    /** Where one of these is, a tokenizer is meant, and must be one that can be read. */
+    private static final List<String> TOKENIZER_FILES =
+            List.of(Tokenizer.FILE, TokenizerSettings.FILE, "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt");
+
     private final Path path;
     private final ModelConfig config;
     private final GenerationDefaults generationDefaults;
-    private final Tokenizer tokenizer;
+    private final @Nullable Tokenizer tokenizer;
     private final Safetensors weights;
     private final Map<String, TensorEntry> tensors;
 
-    private ModelFolder(Path path, ModelConfig config, GenerationDefaults generationDefaults, Tokenizer tokenizer,
+    private ModelFolder(Path path, ModelConfig config, GenerationDefaults generationDefaults, @Nullable Tokenizer tokenizer,
             Safetensors weights, Map<String, TensorEntry> tensors) {
         this.path = path;
         this.config = config;
@@ -34,7 +39,7 @@ public final class ModelFolder implements AutoCloseable {
     /**
      * Opens a folder.
      *
-     * @param path a folder with config.json, weights in safetensors, and tokenizer.json
+     * @param path a folder with config.json, weights in safetensors, and usually tokenizer.json
      * @return the folder; the caller closes it
      * @throws ModelFormatException naming the file and what is wrong with it
      */
@@ -46,9 +51,9 @@ public final class ModelFolder implements AutoCloseable {
         }
         ModelConfig config = ModelConfig.read(path);
         GenerationDefaults defaults = GenerationDefaults.read(path);
-        Tokenizer tokenizer = Tokenizer.open(path);
+        Tokenizer tokenizer = TOKENIZER_FILES.stream().anyMatch(file -> Files.exists(path.resolve(file))) ? Tokenizer.open(path) : null;
         try {
-            if (tokenizer.vocabSize() > config.vocabSize()) {
+            if (tokenizer != null && tokenizer.vocabSize() > config.vocabSize()) {
                 throw new ModelFormatException(path + ": tokenizer.json has token ids up to "
                         + (tokenizer.vocabSize() - 1)
                         + ", but config.json has vocab_size " + config.vocabSize()
@@ -63,7 +68,9 @@ public final class ModelFolder implements AutoCloseable {
                 throw e;
             }
         } catch (RuntimeException | Error e) {
-            tokenizer.close();
+            if (tokenizer != null) {
+                tokenizer.close();
+            }
             throw e;
         }
     }
@@ -83,8 +90,8 @@ public final class ModelFolder implements AutoCloseable {
         return generationDefaults;
     }
 
-    /** {@return the tokenizer, closed with this folder} */
-    public Tokenizer tokenizer() {
+    /** {@return the tokenizer, closed with this folder; null where the folder has no file of a tokenizer} */
+    public @Nullable Tokenizer tokenizer() {
         return tokenizer;
     }
 
@@ -107,7 +114,7 @@ public final class ModelFolder implements AutoCloseable {
         if (ids.isEmpty()) {
             ids.addAll(config.eosTokenIds());
         }
-        Integer fromTokenizer = tokenizer.eosTokenId();
+        Integer fromTokenizer = tokenizer == null ? null : tokenizer.eosTokenId();
         if (ids.isEmpty() && fromTokenizer != null) {
             ids.addAll(List.of(fromTokenizer));
         }
@@ -118,6 +125,8 @@ public final class ModelFolder implements AutoCloseable {
     @Override
     public void close() {
         weights.close();
-        tokenizer.close();
+        if (tokenizer != null) {
+            tokenizer.close();
+        }
     }
 }

@@ -6,6 +6,7 @@ import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
+import java.util.Objects;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -16,20 +17,18 @@ import org.jspecify.annotations.Nullable;
  */
 final class Rotary implements AutoCloseable {
     /**
-     * Cosines and sines of a step's tokens, each [tokens, 1, size/2] in the weights' type.
+     * Factors of a step's tokens, each [tokens, heads, size] in the weights' type, the same for every head: repeated so that the
+     * products below run over whole rows.
      *
-     * @param cosine per token
-     * @param sine per token
+     * @param cosine of the angle of each pair, for both of its elements
+     * @param sine of the same, negative for the first element
      */
     record Rotation(Tensor cosine, Tensor sine) {
         /** {@return x [tokens, heads, size], rotated} */
         Tensor rotate(Tensor x) {
-            long half = x.size(2) / 2;
-            Tensor first = x.narrow(2, 0, half);
-            Tensor second = x.narrow(2, half, half);
-            return Tensor.concatenate(2,
-                    first.mul(cosine).sub(second.mul(sine)),
-                    second.mul(cosine).add(first.mul(sine)));
+            long[] shape = x.shape();
+            Tensor partner = x.reshape(shape[0], shape[1], 2, shape[2] / 2).flip(2).reshape(shape);
+            return x.mul(cosine).add(partner.mul(sine));
         }
     }
 
@@ -55,30 +54,39 @@ final class Rotary implements AutoCloseable {
      *
      * @param positions INT64 [tokens]
      * @param limit greater than every position
+     * @param heads how many heads are rotated
      */
-    Rotation at(Tensor positions, int limit) {
+    Rotation at(Tensor positions, int limit, int heads) {
         if (limit > rows) {
             grow(Math.max(limit, Math.min(maxPositions, Math.max(1024, 2 * rows))));
         }
-        return new Rotation(
-                java.util.Objects.requireNonNull(cosines).indexSelect(0, positions).unsqueeze(1),
-                java.util.Objects.requireNonNull(sines).indexSelect(0, positions).unsqueeze(1));
+        return new Rotation(rows(cosines, positions, heads), rows(sines, positions, heads));
+    }
+
+    private static Tensor rows(@Nullable Tensor table, Tensor positions, int heads) {
+        Tensor rows = Objects.requireNonNull(table).indexSelect(0, positions).unsqueeze(1);
+        return rows.expand(-1, heads, -1).contiguous();
     }
 
     private void grow(int newRows) {
         close();
         int half = inverseFrequencies.length;
+        int size = 2 * half;
         try (Scope scope = Scope.open()) {
-            Tensor cosine = Tensor.empty(Device.cpu(), DType.FLOAT32, newRows, half);
-            Tensor sine = Tensor.empty(Device.cpu(), DType.FLOAT32, newRows, half);
+            Tensor cosine = Tensor.empty(Device.cpu(), DType.FLOAT32, newRows, size);
+            Tensor sine = Tensor.empty(Device.cpu(), DType.FLOAT32, newRows, size);
             MemorySegment c = cosine.memory();
             MemorySegment s = sine.memory();
             for (int position = 0; position < newRows; position++) {
                 for (int i = 0; i < half; i++) {
                     float angle = position * (float) inverseFrequencies[i];
-                    long at = (long) position * half + i;
-                    c.setAtIndex(ValueLayout.JAVA_FLOAT, at, (float) (Math.cos(angle) * scale));
-                    s.setAtIndex(ValueLayout.JAVA_FLOAT, at, (float) (Math.sin(angle) * scale));
+                    long at = (long) position * size + i;
+                    float cos = (float) (Math.cos(angle) * scale);
+                    float sin = (float) (Math.sin(angle) * scale);
+                    c.setAtIndex(ValueLayout.JAVA_FLOAT, at, cos);
+                    c.setAtIndex(ValueLayout.JAVA_FLOAT, at + half, cos);
+                    s.setAtIndex(ValueLayout.JAVA_FLOAT, at, -sin);
+                    s.setAtIndex(ValueLayout.JAVA_FLOAT, at + half, sin);
                 }
             }
             cosines = cosine.to(dtype).on(device).keep();

@@ -1,6 +1,6 @@
 package dev.tandem.model;
 
-import java.util.HashMap;
+import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
@@ -15,7 +15,7 @@ final class TemplateArguments {
     TemplateArguments(String callee, List<Object> positional, Map<String, Object> named) {
         this.callee = callee;
         this.positional = positional;
-        this.named = new HashMap<>(named);
+        this.named = new LinkedHashMap<>(named);
     }
 
     int count() {
@@ -94,7 +94,7 @@ final class TemplateArguments {
     }
 
     Map<String, Object> takeNamed() {
-        Map<String, Object> all = new HashMap<>(named);
+        Map<String, Object> all = new LinkedHashMap<>(named);
         named.clear();
         return all;
     }

@@ -423,6 +423,9 @@ class TemplateExpressionParser {
         } else if (startsTestArgument()) {
             arguments = new Arguments(List.of(postfix(primary())), Map.of());
         }
+        if (peek().name("is")) {
+            throw error(name.line(), "tests cannot be chained with 'is'");
+        }
         return new TemplateExpression.Test(operand, name.text(), negated, arguments, name.line());
     }
 

@@ -199,6 +199,9 @@ final class TemplateLexer {
         if (!number.lookingAt()) {
             throw error("a number cannot be read");
         }
+        if (number.group().matches("0\\d.*")) {
+            throw error("the number " + number.group() + " starts with zero");
+        }
         boolean whole = number.group().chars().allMatch(Character::isDigit);
         if (whole && JsonFields.wholeNumber(number.group()) == Long.MIN_VALUE) {
             throw error("the number " + number.group() + " is too large");

@@ -84,7 +84,12 @@ final class TemplateOperators {
             case "/" -> a / b;
             case "//" -> Math.floor(a / b);
             case "%" -> a - b * Math.floor(a / b);
-            default -> Math.pow(a, b);
+            default -> {
+                if (a < 0 && b != Math.rint(b)) {
+                    throw new ArithmeticException("a negative number to a fraction is not real");
+                }
+                yield Math.pow(a, b);
+            }
         };
     }
 

@@ -107,7 +107,7 @@ final class TemplateParser extends TemplateExpressionParser {
         List<TemplateExpression> tests = new ArrayList<>();
         List<List<TemplateStatement>> bodies = new ArrayList<>();
         do {
-            tests.add(tuple());
+            tests.add(or());
             endTag();
             bodies.add(statements(Set.of("elif", "else", "endif")));
         } while (lastTag.equals("elif"));

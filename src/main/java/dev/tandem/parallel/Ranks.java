@@ -31,7 +31,9 @@ public final class Ranks implements AutoCloseable {
     private final Duration limit;
     private final List<ExecutorService> threads = new ArrayList<>();
     private final List<@Nullable Future<?>> running = new ArrayList<>();
-    private List<Rank> ranks = List.of();
+    private final List<Rank> ranks = new ArrayList<>();
+    private final List<RankCollectives> collectives = new ArrayList<>();
+    private boolean formed;
 
     /**
      * Starts the threads.
@@ -53,7 +55,9 @@ public final class Ranks implements AutoCloseable {
             running.add(null);
             if (devices.size() > 1) {
                 threads.get(i).execute(() -> Threads.perOperation(cores));
+                collectives.add(new RankCollectives(i, devices.size()));
             }
+            ranks.add(new Rank(i, devices.size(), devices.get(i), devices.size() > 1 ? collectives.get(i) : Collectives.alone()));
         }
     }
 
@@ -74,15 +78,13 @@ public final class Ranks implements AutoCloseable {
      * @throws RankException when a rank threw or did not arrive; a single rank's own exception is thrown as it is
      */
     public <T extends @Nullable Object> List<T> onEach(Function<Rank, T> function) {
-        List<Rank> group = ranks.isEmpty() ? form() : ranks;
-        return run(i -> function.apply(group.get(i)));
+        if (!formed && devices.size() > 1) {
+            form();
+        }
+        return run(i -> function.apply(ranks.get(i)));
     }
 
-    private List<Rank> form() {
-        if (devices.size() == 1) {
-            ranks = List.of(new Rank(0, 1, devices.getFirst(), Collectives.alone()));
-            return ranks;
-        }
+    private void form() {
         Attendance attendance = new Attendance(devices.size());
         Path meetingPoint;
         try {
@@ -92,9 +94,11 @@ public final class Ranks implements AutoCloseable {
             throw new TandemException("could not make the file at which the ranks meet", e);
         }
         meetingPoint.toFile().deleteOnExit();
-        ranks = run(i -> new Rank(i, devices.size(), devices.get(i),
-                new GlooCollectives(i, devices.size(), meetingPoint.toString(), limit, attendance)));
-        return ranks;
+        run(i -> {
+            collectives.get(i).join(new GlooCollectives(i, devices.size(), meetingPoint.toString(), limit, attendance));
+            return true;
+        });
+        formed = true;
     }
 
     private <T extends @Nullable Object> List<T> run(Function<Integer, T> function) {
@@ -192,10 +196,8 @@ public final class Ranks implements AutoCloseable {
     }
 
     private void abandon() {
-        if (devices.size() > 1) {
-            ranks.forEach(rank -> rank.collectives().close());
-            ranks = List.of();
-        }
+        collectives.forEach(RankCollectives::close);
+        formed = false;
     }
 
     /** Ends the threads. Whoever keeps native objects on a rank frees them in a last {@link #onEach}. */

@@ -13,6 +13,7 @@ import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.model.WeightLayout;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.List;
 import org.jspecify.annotations.Nullable;
 
@@ -185,6 +186,10 @@ final class LayerwiseModel implements AutoCloseable {
                     logprob = head.forward(entropy);
                 }
                 Tensor total = loss.loss(values(batch, logprob.requireGradient(), entropy.requireGradient()));
+                if (total.elements() != 1 || !total.requiresGradient()) {
+                    throw new IllegalArgumentException("a loss must be one number that depends on the tokens' log-probs or entropies, "
+                            + (total.elements() != 1 ? "found shape " + Arrays.toString(total.shape()) : "found a constant"));
+                }
                 double value = total.item();
                 total.backward();
                 try (Gradients off = Gradients.disabled()) {

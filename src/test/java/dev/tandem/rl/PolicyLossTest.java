@@ -22,10 +22,10 @@ class PolicyLossTest {
     /** GSPO's ratios are nearly 1, so its loss is what is left of a sum that cancels, and shows the inputs' rounding. */
     private static final double TOLERANCE = 5e-5;
 
-    private record Variant(PolicyLoss loss, Aggregation aggregation, double expected) {}
+    record Variant(PolicyLoss loss, Aggregation aggregation, double expected, double gradientNorm) {}
 
     /** The variants of a golden file, as values; their KL coefficient and length constant stand beside them. */
-    private static Map<String, Variant> variants(String family) {
+    static Map<String, Variant> variants(String family) {
         JsonObject policy = PolicyBatch.policy(family);
         Map<String, Variant> variants = new TreeMap<>();
         policy.getAsJsonObject("losses").asMap().forEach((name, element) -> {
@@ -48,7 +48,7 @@ class PolicyLossTest {
             PolicyLoss loss = new PolicyLoss(v.get("clip_low").getAsDouble(), v.get("clip_high").getAsDouble(),
                     v.get("sequence_ratio").getAsBoolean(), kl,
                     kl == KlEstimator.NONE ? 0 : policy.get("kl_coef").getAsDouble(), 0);
-            variants.put(name, new Variant(loss, aggregation, v.get("loss").getAsDouble()));
+            variants.put(name, new Variant(loss, aggregation, v.get("loss").getAsDouble(), v.get("grad_norm").getAsDouble()));
         });
         return variants;
     }

@@ -57,6 +57,31 @@ class FixtureTrainingTest {
         assertTrue(worst < 1e-4, "largest relative difference " + worst);
     }
 
+    @ParameterizedTest
+    @MethodSource("fixtures")
+    void twoRanksTakeTheStepsOfOne(Fixture fixture) {
+        JsonObject run = fixture.golden().getAsJsonObject("train_float64");
+        List<int[]> sequences = sequences(run.getAsJsonArray("sequences"));
+        int targets = sequences.stream().mapToInt(s -> s.length - 1).sum();
+        List<TrainingSequence> batch =
+                sequences.stream().map(s -> TrainingSequence.of(s, 1, 1f / targets)).toList();
+        TrainerOptions options = TrainerOptions.defaults().lr(1e-3).weightDecay(0.1, true);
+        double worst = 0;
+        try (Ranks one = ranks(1);
+                Ranks two = ranks(2);
+                RankModel whole = new RankModel(fixture.folder(), one, DType.FLOAT32, options);
+                RankModel cut = new RankModel(fixture.folder(), two, DType.FLOAT32, options)) {
+            for (int i = 0; i < 10; i++) {
+                TrainStep a = whole.trainer.step(batch, t -> t.logprob().mul(t.weight()).sum().neg(), 1);
+                TrainStep b = cut.trainer.step(batch, t -> t.logprob().mul(t.weight()).sum().neg(), 1);
+                worst = Math.max(worst, Math.abs(b.loss() / a.loss() - 1));
+                worst = Math.max(worst, Math.abs(b.gradientNorm() / a.gradientNorm() - 1));
+            }
+        }
+        System.out.printf("%s: two ranks within %.2e of one over ten steps%n", fixture, worst);
+        assertTrue(worst < 1e-5, "largest relative difference " + worst);
+    }
+
     static Stream<Fixture> fixtures() {
         return Fixture.all();
     }

@@ -1,0 +1,63 @@
+package dev.tandem.testing;
+
+import com.google.gson.JsonObject;
+import dev.tandem.model.ModelConfig;
+import java.io.IOException;
+import java.io.UncheckedIOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.random.RandomGenerator;
+
+/** Configs of models that run in microseconds, spelled as their families' files spell them. */
+public final class TinyModels {
+    private TinyModels() {}
+
+    /** A config of random sizes. */
+    public static ModelConfig random(String family, RandomGenerator random) {
+        int heads = 1 << random.nextInt(3);
+        int headDim = 2 << random.nextInt(3);
+        JsonObject json = new JsonObject();
+        json.addProperty("model_type", family);
+        json.addProperty("vocab_size", random.nextInt(20, 70));
+        json.addProperty("hidden_size", heads * headDim);
+        json.addProperty("num_hidden_layers", random.nextInt(1, 4));
+        json.addProperty("num_attention_heads", heads);
+        json.addProperty("max_position_embeddings", random.nextInt(24, 96));
+        json.addProperty("tie_word_embeddings", random.nextBoolean());
+        json.addProperty("bos_token_id", 0);
+        json.addProperty("eos_token_id", 2);
+        json.addProperty("pad_token_id", 1);
+        if (family.equals("opt")) {
+            json.addProperty("ffn_dim", 8 * random.nextInt(1, 5));
+            json.addProperty("word_embed_proj_dim", random.nextBoolean() ? heads * headDim : 6);
+            json.addProperty("do_layer_norm_before", random.nextInt(4) > 0);
+        } else {
+            json.addProperty("intermediate_size", 8 * random.nextInt(1, 5));
+            json.addProperty("num_key_value_heads", heads >> random.nextInt(Integer.numberOfTrailingZeros(heads) + 1));
+            json.addProperty("head_dim", family.equals("qwen2") ? headDim : headDim << random.nextInt(2));
+            json.addProperty("rope_theta", 10_000.0);
+        }
+        return read(json);
+    }
+
+    /** A Llama with two layers of width 16, 64 tokens and a context of 128, which ends with token 2. */
+    public static ModelConfig llama() {
+        return ModelConfig.llama(64, 16, 2, 4, 2, 24, 128).withSpecialTokens(1, java.util.List.of(2), 0);
+    }
+
+    private static ModelConfig read(JsonObject json) {
+        try {
+            Path folder = Files.createTempDirectory("tiny-model");
+            Path file = folder.resolve("config.json");
+            try {
+                Files.writeString(file, json.toString());
+                return ModelConfig.read(folder);
+            } finally {
+                Files.deleteIfExists(file);
+                Files.delete(folder);
+            }
+        } catch (IOException e) {
+            throw new UncheckedIOException(e);
+        }
+    }
+}
