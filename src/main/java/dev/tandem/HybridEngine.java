@@ -122,7 +122,7 @@ public final class HybridEngine implements AutoCloseable {
                     + ", the model's vocabulary has " + config.vocabSize());
         }
         return new HybridEngine(config, tokenizer, GenerationDefaults.none(), config.eosTokenIds(), options,
-                arena -> arena.initialize(options.seed(), 0.02));
+                arena -> arena.initialize(options.seed(), Math.sqrt(2.0 / (5 * config.hiddenSize()))));
     }
 
     // ---- generation -----------------------------------------------------------------------------------------------------
