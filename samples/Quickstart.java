@@ -15,10 +15,6 @@ import dev.tandem.training.TrainingSequence;
 import java.util.random.RandomGenerator;
 import java.util.random.RandomGeneratorFactory;
 import me.tongfei.progressbar.ProgressBar;
-import org.knowm.xchart.BitmapEncoder;
-import org.knowm.xchart.XYChart;
-import org.knowm.xchart.XYChartBuilder;
-import org.knowm.xchart.style.Styler;
 import picocli.CommandLine;
 import picocli.CommandLine.Option;
 
@@ -185,13 +181,27 @@ void row(String phase, DoubleStream seconds, LongStream tokens) {
     IO.println("%-20s %8.1f %10.0f".formatted(phase, time, tokens.sum() / time));
 }
 
+/** Drawn by hand, because a machine without fonts cannot draw with Java's own means, and whoever opens the file has some. */
 Path chart(List<StepMetrics> practice) throws IOException {
-    XYChart chart = new XYChartBuilder().title("What GRPO rewards, and what it finds").xAxisTitle("step").yAxisTitle("mean reward").build();
-    chart.setYAxisGroupTitle(1, "tokens per answer");
-    chart.addSeries("mean reward", practice.stream().mapToDouble(StepMetrics::rewardMean).toArray());
-    chart.addSeries("tokens per answer", practice.stream().mapToDouble(StepMetrics::responseLength).toArray()).setYAxisGroup(1);
-    chart.getStyler().setYAxisGroupPosition(1, Styler.YAxisPosition.Right).setMarkerSize(4);
-    Path file = out.resolve("reward.png");
-    BitmapEncoder.saveBitmap(chart, file.toString(), BitmapEncoder.BitmapFormat.PNG);
-    return file;
+    String svg = """
+            <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-family="sans-serif" font-size="13">
+            <rect width="640" height="360" fill="white"/>
+            <path d="M50 310H590M50 245H590M50 180H590M50 115H590M50 50H590" stroke="#ddd"/>
+            <g fill="#1d4ed8"><text x="50" y="30">mean reward</text>
+            <text x="20" y="314">0</text><text x="20" y="184">0.5</text><text x="20" y="54">1</text></g>
+            <g fill="#c2410c"><text x="590" y="30" text-anchor="end">tokens per answer</text>
+            <text x="600" y="314">0</text><text x="600" y="184">%d</text><text x="600" y="54">%d</text></g>
+            <text x="320" y="345" text-anchor="middle">GRPO step 1 to %d</text>
+            <polyline points="%s" fill="none" stroke="#1d4ed8" stroke-width="2"/>
+            <polyline points="%s" fill="none" stroke="#c2410c" stroke-width="2"/>
+            </svg>
+            """.formatted(MAX_TOKENS / 2, MAX_TOKENS, practice.size(), line(practice, StepMetrics::rewardMean),
+                    line(practice, step -> step.responseLength() / MAX_TOKENS));
+    return Files.writeString(out.resolve("reward.svg"), svg);
+}
+
+String line(List<StepMetrics> practice, ToDoubleFunction<StepMetrics> height) {
+    return IntStream.range(0, practice.size())
+            .mapToObj(i -> (50 + 540 * i / (practice.size() - 1)) + "," + Math.round(310 - 260 * height.applyAsDouble(practice.get(i))))
+            .collect(Collectors.joining(" "));
 }
