@@ -90,10 +90,10 @@ void main(String[] args) throws IOException {
     try (HybridEngine engine = HybridEngine.create(config, tokenizer, options)) {
         long start = System.nanoTime();
         engine.onEachRank(rank -> {
-            Threads.perOperation(1); // so small a model's operations end before a second core has heard of them
+            Threads.perOperation(1); // a model so small computes faster than it can be shared out over cores
             return rank;
         });
-        IO.println("A random model (Qwen3, 2 layers of 64 channels) is to find the remainder of six-digit numbers divided by 7.\n");
+        IO.println("A random model (Qwen3, 2 layers of 64 channels) is to find the remainder of six-digit numbers divided by 7.");
         List<TrainStep> lessons = warmUp(engine, fresh, random);
         double before = accuracy(engine, heldOut);
         Problem example = heldOut.getFirst();
