@@ -12,7 +12,7 @@ import picocli.CommandLine;
 import picocli.CommandLine.ArgGroup;
 import picocli.CommandLine.Option;
 
-// Continues texts, answers chat messages, or continues token ids. All prompts are generated at the same time, in one batch.
+// Continues texts, answers chat messages, or continues token ids. All prompts run at the same time, in one batch.
 //
 //     java @target/java.args samples/Generate.java --model DIR --chat "Why is the sky blue?" --temperature 0
 
@@ -72,10 +72,10 @@ static class Source {
     @Option(names = "--prompt", paramLabel = "TEXT", required = true, description = "a text to continue; repeatable")
     String text;
 
-    @Option(names = "--chat", paramLabel = "TEXT", required = true, description = "a user's message to answer; repeatable")
+    @Option(names = "--chat", paramLabel = "TEXT", required = true, description = "a message to answer; repeatable")
     String message;
 
-    @Option(names = "--prompt-ids", paramLabel = "1,2,3", required = true, description = "token ids to continue; repeatable")
+    @Option(names = "--prompt-ids", paramLabel = "1,2,3", required = true, description = "ids to continue; repeatable")
     String ids;
 
     int[] tokens(HybridEngine engine) {
@@ -167,7 +167,8 @@ static int[] tokenIds(String list) {
     try {
         return Arrays.stream(list.split(",", -1)).map(String::strip).mapToInt(Integer::parseInt).toArray();
     } catch (NumberFormatException e) {
-        throw new IllegalArgumentException("--prompt-ids expects token ids with commas between them, found \"" + list + "\"");
+        throw new IllegalArgumentException(
+                "--prompt-ids expects token ids with commas between them, found \"" + list + "\"");
     }
 }
 

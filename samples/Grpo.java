@@ -23,9 +23,9 @@ import picocli.CommandLine.Option;
 //     {"prompt": "…", "answer": "42"}
 //     {"messages": [{"role": "user", "content": "…"}], "answer": "42"}
 //
-// A completion is worth 1 when its last number is the answer (or, where the answer is no number, when its text is), else 0.
+// A completion is worth 1 when its last number is the answer (where the answer is no number: when its text is), else 0.
 //
-//     java @target/java.args samples/Grpo.java --model DIR --data samples/data/arithmetic.jsonl --max-tokens 48 --out DIR
+//     java @target/java.args samples/Grpo.java --model DIR --data samples/data/arithmetic.jsonl --max-tokens 48
 
 @Option(names = "--model", required = true, paramLabel = "DIR", description = "a Hugging Face folder")
 Path model;
@@ -42,7 +42,7 @@ Path metrics;
 @Option(names = "--algorithm", description = "grpo (default), dapo, dr-grpo, rloo or gspo")
 String algorithm = "grpo";
 
-@Option(names = "--kl", paramLabel = "K3:0.04", description = "divergence from the model as it was: estimator and coefficient")
+@Option(names = "--kl", paramLabel = "K3:0.04", description = "cost of leaving the first weights: estimator, weight")
 String kl;
 
 @Option(names = "--steps", description = "optimizer steps (default: 10)")
@@ -150,7 +150,8 @@ Algorithm algorithm() {
         case "dr-grpo" -> Algorithm.drGrpo(maxTokens);
         case "rloo" -> Algorithm.rloo();
         case "gspo" -> Algorithm.gspo();
-        default -> throw new IllegalArgumentException("--algorithm is grpo, dapo, dr-grpo, rloo or gspo, found \"" + algorithm + "\"");
+        default -> throw new IllegalArgumentException(
+                "--algorithm is grpo, dapo, dr-grpo, rloo or gspo, found \"" + algorithm + "\"");
     };
     if (kl == null) {
         return rule;
@@ -159,7 +160,8 @@ Algorithm algorithm() {
         String[] parts = kl.split(":", 2);
         return rule.kl(KlEstimator.valueOf(parts[0]), Double.parseDouble(parts[1]));
     } catch (IllegalArgumentException | ArrayIndexOutOfBoundsException e) {
-        throw new IllegalArgumentException("--kl is an estimator (K1, K2 or K3), a colon and a number, such as K3:0.04, found \"" + kl + "\"");
+        throw new IllegalArgumentException(
+                "--kl is an estimator (K1, K2 or K3), a colon and a number, such as K3:0.04, found \"" + kl + "\"");
     }
 }
 

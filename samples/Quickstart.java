@@ -20,10 +20,11 @@ import picocli.CommandLine.Option;
 
 // A model learns to reason, in a minute, on a CPU, from nothing.
 //
-// The problem: what remains of a six-digit number divided by 7? The model may answer at once, "582047%7=4", or write down what
-// remains of 5, 58, 582, … first: "582047%7:521364=4". Supervised training shows it both ways, three times out of four without
-// the working, and that is how it then answers: at once, and wrong. Reinforcement learning shows it nothing. It only rewards right
-// answers, and the model finds out that working pays. Both kinds of training, and all generation, use the same bytes of memory.
+// The problem: what remains of a six-digit number divided by 7? The model may answer at once, "582047%7=4", or write
+// down what remains of 5, 58, 582, … first: "582047%7:521364=4". Supervised training shows it both ways, three times in
+// four without the working, and that is how it then answers: at once, and wrong. Reinforcement learning shows it
+// nothing. It only rewards right answers, and the model finds out that working pays. Both kinds of training, and all
+// generation, use one copy of the weights.
 
 static final int WARM_UP_STEPS = 240;
 static final int PRACTICE_STEPS = 50;
@@ -76,8 +77,8 @@ void main(String[] args) throws IOException {
     RandomGenerator random = RandomGeneratorFactory.of("L64X128MixRandom").create(seed);
     List<Problem> heldOut = Stream.generate(() -> Problem.random(random)).distinct().limit(500).toList();
     Set<Problem> unseen = Set.copyOf(heldOut);
-    Stream<Problem> problems = Stream.generate(() -> Problem.random(random)).filter(problem -> !unseen.contains(problem));
-    Iterator<Problem> fresh = problems.iterator();
+    Iterator<Problem> problems =
+            Stream.generate(() -> Problem.random(random)).filter(problem -> !unseen.contains(problem)).iterator();
 
     Path model = Files.createDirectories(out.resolve("model"));
     Tokenizer.writeCharacters(model, "0123456789%:=", List.of());
@@ -93,13 +94,13 @@ void main(String[] args) throws IOException {
             Threads.perOperation(1); // a model so small computes faster than it can be shared out over cores
             return rank;
         });
-        IO.println("A random model (Qwen3, 2 layers of 64 channels) is to find the remainder of six-digit numbers divided by 7.");
-        List<TrainStep> lessons = warmUp(engine, fresh, random);
+        IO.println("A random model (Qwen3, 2 layers, 64 channels) learns to divide by 7.");
+        List<TrainStep> lessons = warmUp(engine, problems, random);
         double before = accuracy(engine, heldOut);
         Problem example = heldOut.getFirst();
         Completion guess = engine.generate(example.prompt(), GREEDY);
 
-        List<StepMetrics> practice = practise(engine, fresh);
+        List<StepMetrics> practice = practise(engine, problems);
         double after = accuracy(engine, heldOut);
         Completion reasoned = engine.generate(example.prompt(), GREEDY);
 
@@ -107,12 +108,12 @@ void main(String[] args) throws IOException {
         report(lessons, practice);
         IO.println("""
 
-                Held-out problems solved: %.1f %% before GRPO, %.1f %% after (%d problems, none of them trained on, greedy).
+                Held-out problems solved: %.1f %% before GRPO, %.1f %% after (%d problems, none trained on, greedy).
                 Before: %s%s    After: %s%s    Right: %d
 
                 %s
-                """.formatted(100 * before, 100 * after, heldOut.size(), example.prompt(), guess.text(), example.prompt(),
-                reasoned.text(), example.answer(), engine.memory()));
+                """.formatted(100 * before, 100 * after, heldOut.size(), example.prompt(), guess.text(),
+                        example.prompt(), reasoned.text(), example.answer(), engine.memory()));
         IO.println("""
                 %.0f seconds in all. Reward curve: %s. The model is a Hugging Face folder; try it:
 
@@ -129,7 +130,8 @@ List<TrainStep> warmUp(HybridEngine engine, Iterator<Problem> problems, RandomGe
             List<TrainingSequence> demonstrations = Stream.generate(problems::next).limit(128).map(problem -> {
                 String working = random.nextInt(4) == 0 ? ":" + problem.working() : "";
                 int[] prompt = engine.tokenizer().encode(problem.prompt(), false);
-                int[] whole = engine.tokenizer().encode(problem.prompt() + working + "=" + problem.answer() + "<eos>", false);
+                String answer = working + "=" + problem.answer() + "<eos>";
+                int[] whole = engine.tokenizer().encode(problem.prompt() + answer, false);
                 return TrainingSequence.of(whole, prompt.length, 1);
             }).toList();
             steps.add(engine.train(demonstrations));
@@ -139,7 +141,7 @@ List<TrainStep> warmUp(HybridEngine engine, Iterator<Problem> problems, RandomGe
     return steps;
 }
 
-/** GRPO: the model tries each problem eight times; attempts that did better than their group's average become likelier. */
+/** GRPO: the model tries each problem eight times; attempts that do better than the average of the eight gain. */
 List<StepMetrics> practise(HybridEngine engine, Iterator<Problem> problems) {
     SamplingParams sampling = SamplingParams.defaults().n(8).maxTokens(MAX_TOKENS);
     PolicyTrainer trainer = new PolicyTrainer(engine, Algorithm.grpo(), sampling,
@@ -156,12 +158,14 @@ List<StepMetrics> practise(HybridEngine engine, Iterator<Problem> problems) {
 
 double accuracy(HybridEngine engine, List<Problem> problems) {
     List<Completion> answers = engine.generate(problems.stream().map(Problem::prompt).toList(), GREEDY);
-    return answers.stream().filter(answer -> problems.get(answer.prompt()).isSolvedBy(answer)).count() / (double) problems.size();
+    long solved = answers.stream().filter(answer -> problems.get(answer.prompt()).isSolvedBy(answer)).count();
+    return (double) solved / problems.size();
 }
 
 void report(List<TrainStep> lessons, List<StepMetrics> practice) {
     IO.println("\nMean reward of each GRPO step: " + practice.stream()
-            .map(step -> "▁▂▃▄▅▆▇█".substring((int) (7.99 * step.rewardMean())).substring(0, 1)).collect(Collectors.joining()));
+            .map(step -> "▁▂▃▄▅▆▇█".substring((int) (7.99 * step.rewardMean())).substring(0, 1))
+            .collect(Collectors.joining()));
     IO.println("\n%6s %8s %8s %10s %14s".formatted("step", "reward", "length", "entropy", "logprob gap"));
     for (int i = 0; i < practice.size(); i += i == 0 ? 4 : 5) {
         StepMetrics step = practice.get(i);
@@ -181,7 +185,7 @@ void row(String phase, DoubleStream seconds, LongStream tokens) {
     IO.println("%-20s %8.1f %10.0f".formatted(phase, time, tokens.sum() / time));
 }
 
-/** Drawn by hand, because a machine without fonts cannot draw with Java's own means, and whoever opens the file has some. */
+/** Drawn by hand: Java's own means need fonts, which servers lack and whoever opens the file has. */
 Path chart(List<StepMetrics> practice) throws IOException {
     String svg = """
             <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 360" font-family="sans-serif" font-size="13">
@@ -201,7 +205,8 @@ Path chart(List<StepMetrics> practice) throws IOException {
 }
 
 String line(List<StepMetrics> practice, ToDoubleFunction<StepMetrics> height) {
-    return IntStream.range(0, practice.size())
-            .mapToObj(i -> (50 + 540 * i / (practice.size() - 1)) + "," + Math.round(310 - 260 * height.applyAsDouble(practice.get(i))))
-            .collect(Collectors.joining(" "));
+    return IntStream.range(0, practice.size()).mapToObj(i -> {
+        long x = 50 + 540L * i / (practice.size() - 1);
+        return x + "," + Math.round(310 - 260 * height.applyAsDouble(practice.get(i)));
+    }).collect(Collectors.joining(" "));
 }

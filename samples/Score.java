@@ -58,7 +58,8 @@ void run() {
             } else {
                 IntStream.range(1, ids.length).forEach(at -> IO.println("%8d %10.4f  %s".formatted(
                         ids[at], scores[at], engine.tokenizer().decode(ids, at, at + 1, false))));
-                IO.println("%8s %10.4f%n".formatted("mean", IntStream.range(1, ids.length).mapToDouble(at -> scores[at]).average().orElse(0)));
+                double sum = IntStream.range(1, ids.length).mapToDouble(at -> scores[at]).sum();
+                IO.println("%8s %10.4f%n".formatted("mean", sum / (ids.length - 1)));
             }
         }
     }

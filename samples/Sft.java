@@ -81,7 +81,8 @@ void run() {
     List<Example> examples = read();
     int total = steps != null ? steps : Math.ceilDiv(epochs * examples.size(), batchSize);
     TrainerOptions training = TrainerOptions.defaults().lr(learningRate(total));
-    try (HybridEngine engine = HybridEngine.open(model, EngineOptions.defaults().dtype(dtype(dtype)).training(training))) {
+    EngineOptions options = EngineOptions.defaults().dtype(dtype(dtype)).training(training);
+    try (HybridEngine engine = HybridEngine.open(model, options)) {
         List<TrainingSequence> sequences = examples.stream().map(example -> sequence(engine, example)).toList();
         Iterator<TrainingSequence> order = shuffledForEver(sequences, new Random(seed));
         for (int step = 0; step < total; step++) {
@@ -112,13 +113,14 @@ TrainingSequence sequence(HybridEngine engine, Example example) {
     int[] prompt = engine.tokenizer().encode(text, true);
     int[] completion = engine.tokenizer().encode(example.text() != null ? example.text() : example.completion(), false);
     Integer end = engine.tokenizer().eosTokenId();
-    IntStream tokens = IntStream.concat(Arrays.stream(prompt), Arrays.stream(completion));
-    return TrainingSequence.of((end == null ? tokens : IntStream.concat(tokens, IntStream.of(end))).toArray(), prompt.length, 1);
+    int[] last = end == null ? new int[0] : new int[] {end};
+    int[] whole = Stream.of(prompt, completion, last).flatMapToInt(Arrays::stream).toArray();
+    return TrainingSequence.of(whole, prompt.length, 1);
 }
 
 /**
- * The pieces of a conversation are encoded one by one: first what the model will have read when it is to answer, then its answer. So
- * the tokens are those it meets when it generates.
+ * The pieces of a conversation are encoded one by one: what the model will have read when it is to answer, then its
+ * answer. So the tokens are those it meets when it generates.
  */
 TrainingSequence conversation(HybridEngine engine, List<ChatMessage> messages) {
     ChatTemplate template = engine.tokenizer().chatTemplate();
@@ -133,8 +135,8 @@ TrainingSequence conversation(HybridEngine engine, List<ChatMessage> messages) {
             String before = template.render(messages.subList(0, turn), true);
             String after = template.render(messages.subList(0, turn + 1), false);
             if (!before.startsWith(done) || !after.startsWith(before)) {
-                throw new IllegalArgumentException("the model's chat template rewrites earlier turns of a conversation, so turn "
-                        + turn + " cannot be trained together with them: give each answer a conversation of its own");
+                throw new IllegalArgumentException("the model's chat template rewrites earlier turns, so turn " + turn
+                        + " cannot be trained with them: give each answer a conversation of its own");
             }
             append(engine, before.substring(done.length()), false, tokens, trained);
             append(engine, after.substring(before.length()), true, tokens, trained);
@@ -147,7 +149,8 @@ TrainingSequence conversation(HybridEngine engine, List<ChatMessage> messages) {
         flags[i] = trained.get(i);
         weights[i] = flags[i] ? 1 : 0;
     }
-    return new TrainingSequence(tokens.stream().mapToInt(Integer::intValue).toArray(), flags, weights, null, null, null);
+    int[] ids = tokens.stream().mapToInt(Integer::intValue).toArray();
+    return new TrainingSequence(ids, flags, weights, null, null, null);
 }
 
 /** An answer is trained up to the token that ends it; what templates write behind it the model never generates. */
@@ -188,7 +191,8 @@ LearningRate learningRate(int total) {
         case "constant" -> LearningRate.constant(lr);
         case "linear" -> LearningRate.linear(lr, total);
         case "cosine" -> LearningRate.cosine(lr, total);
-        default -> throw new IllegalArgumentException("--schedule is constant, linear or cosine, found \"" + schedule + "\"");
+        default -> throw new IllegalArgumentException(
+                "--schedule is constant, linear or cosine, found \"" + schedule + "\"");
     };
     return rate.warmup(warmup);
 }

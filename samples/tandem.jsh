@@ -17,10 +17,13 @@ HybridEngine openEngine() throws IOException {
         return HybridEngine.open(Path.of(folder));
     }
     Path files = Files.createTempDirectory("tandem");
-    Tokenizer.writeCharacters(files, IntStream.rangeClosed(' ', '~').mapToObj(Character::toString).collect(Collectors.joining()), List.of());
+    String alphabet = IntStream.rangeClosed(' ', '~').mapToObj(Character::toString).collect(Collectors.joining());
+    Tokenizer.writeCharacters(files, alphabet, List.of());
     Tokenizer characters = Tokenizer.open(files);
-    IO.println("engine: a tiny model with random weights, which writes nonsense. Set TANDEM_MODEL to a Hugging Face folder for another.");
-    return HybridEngine.create(ModelConfig.qwen3(characters.vocabSize(), 64, 2, 4, 2, 256, 512), characters, EngineOptions.defaults());
+    IO.println("engine: a tiny model with random weights, which writes nonsense."
+            + " Set TANDEM_MODEL to a Hugging Face folder for another.");
+    ModelConfig config = ModelConfig.qwen3(characters.vocabSize(), 64, 2, 4, 2, 256, 512);
+    return HybridEngine.create(config, characters, EngineOptions.defaults());
 }
 
 HybridEngine engine = openEngine()
