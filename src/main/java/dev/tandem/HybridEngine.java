@@ -234,7 +234,7 @@ public final class HybridEngine implements AutoCloseable {
         return done;
     }
 
-    /** Longest prompts first to the rank with the least to do, counting prompts and what they may generate. */
+    /** Each prompt in turn to the rank with the least to do, counting prompts and what they may generate. */
     private List<List<Prompt>> share(List<Prompt> prompts) {
         List<List<Prompt>> shares = new ArrayList<>();
         long[] load = new long[ranks.count()];
