@@ -199,13 +199,6 @@ public final class Tensor implements AutoCloseable {
         }
     }
 
-    /** {@return the values as longs, in row-major order} */
-    public long[] toLongs() {
-        try (Scope scope = Scope.open()) {
-            return to(DType.INT64).on(Device.cpu()).contiguous().memory().toArray(ValueLayout.JAVA_LONG);
-        }
-    }
-
     /** {@return the one value of a tensor with one element} */
     public double item() {
         return t.item_double();
@@ -585,12 +578,6 @@ public final class Tensor implements AutoCloseable {
     /** Adds the source's rows to the rows of this tensor that an INT64 tensor names; a row may be named repeatedly. */
     public Tensor indexAddInPlace(int dimension, Tensor index, Tensor source) {
         checked(() -> t.index_add_(dimension, index.t, source.t));
-        return this;
-    }
-
-    /** Copies the source's rows to the rows of this tensor that an INT64 tensor names. */
-    public Tensor indexCopyInPlace(int dimension, Tensor index, Tensor source) {
-        checked(() -> t.index_copy_(dimension, index.t, source.t));
         return this;
     }
 
