@@ -89,7 +89,12 @@ final class SkinnyMatmul {
             task.setAtIndex(LONG, 3, n);
             task.setAtIndex(LONG, 4, k);
             task.setAtIndex(LONG, 5, columns);
-            kernel().parallel.invokeExact(kernel().part, task, Threads.perOperation(), 0);
+            int threads = Threads.perOperation();
+            if (threads == 1) {
+                part(task, 0, 1);
+            } else {
+                kernel().parallel.invokeExact(kernel().part, task, threads, 0);
+            }
             return scope.escape(product.narrow(1, 0, m).transpose(0, 1).contiguous());
         } catch (RuntimeException | Error e) {
             throw e;
@@ -101,26 +106,29 @@ final class SkinnyMatmul {
     /** One thread's share of the rows of weights. Runs on a thread of OpenMP. */
     private static void part(MemorySegment address) {
         try {
-            MemorySegment task = address.reinterpret(6 * LONG.byteSize());
-            long weights = task.getAtIndex(LONG, 0);
-            long right = task.getAtIndex(LONG, 1);
-            long product = task.getAtIndex(LONG, 2);
-            long n = task.getAtIndex(LONG, 3);
-            long k = task.getAtIndex(LONG, 4);
-            long columns = task.getAtIndex(LONG, 5);
             long thread = (int) kernel().thread.invokeExact();
             long threads = (int) kernel().threads.invokeExact();
-            long panels = (n + PANEL - 1) / PANEL;
-            long end = panels * (thread + 1) / threads;
-            for (long panel = panels * thread / threads; panel < end; panel++) {
-                long row = panel * PANEL;
-                kernel().brgemm.invokeExact(Math.min(PANEL, n - row), columns, k, k, columns, columns, false,
-                        MemorySegment.ofAddress(weights + row * k * Float.BYTES), MemorySegment.ofAddress(right),
-                        MemorySegment.ofAddress(product + row * columns * Float.BYTES), false);
-            }
+            part(address.reinterpret(6 * LONG.byteSize()), thread, threads);
         } catch (Throwable e) {
             // Nothing may leave an upcall; nothing here can fail but for an error of the JVM itself.
             LOG.log(System.Logger.Level.ERROR, "matrix product failed", e);
+        }
+    }
+
+    private static void part(MemorySegment task, long thread, long threads) throws Throwable {
+        long weights = task.getAtIndex(LONG, 0);
+        long right = task.getAtIndex(LONG, 1);
+        long product = task.getAtIndex(LONG, 2);
+        long n = task.getAtIndex(LONG, 3);
+        long k = task.getAtIndex(LONG, 4);
+        long columns = task.getAtIndex(LONG, 5);
+        long panels = (n + PANEL - 1) / PANEL;
+        long end = panels * (thread + 1) / threads;
+        for (long panel = panels * thread / threads; panel < end; panel++) {
+            long row = panel * PANEL;
+            kernel().brgemm.invokeExact(Math.min(PANEL, n - row), columns, k, k, columns, columns, false,
+                    MemorySegment.ofAddress(weights + row * k * Float.BYTES), MemorySegment.ofAddress(right),
+                    MemorySegment.ofAddress(product + row * columns * Float.BYTES), false);
         }
     }
 

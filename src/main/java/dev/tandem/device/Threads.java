@@ -29,4 +29,10 @@ public final class Threads {
             openblas_nolapack.blas_set_num_threads(threads);
         }
     }
+
+    /** Lets operations started from the calling thread use this thread alone, and leaves the BLAS as it is. */
+    static void onlyOnePerOperation() {
+        Natives.load();
+        torch.set_num_threads(1);
+    }
 }

@@ -25,8 +25,6 @@ import org.jspecify.annotations.Nullable;
  * libtorch rounds for other shapes. Confined to its rank's thread. The owner closes it.
  */
 public final class Generator implements AutoCloseable {
-    private static final int[] NONE_MASKED = new int[0];
-
     private final ModelConfig config;
     private final WeightArena arena;
     private final Decoder decoder;
@@ -37,8 +35,7 @@ public final class Generator implements AutoCloseable {
     private final BlockPool pool;
     private final Scheduler scheduler;
     private final StepPlan plan;
-    private final StepBatch batch;
-    private final Sampler sampler;
+    private final StepExecutor executor;
     private final int[] sampled;
     private final float[] sampledLogprobs;
     private @Nullable Output[] outputs = new Output[0];
@@ -47,7 +44,6 @@ public final class Generator implements AutoCloseable {
     private long weightVersion;
     private long generatedTokens;
     private long computedTokens;
-    private boolean nonFinite;
 
     /** What is known of a sample beside the scheduler's table. */
     private final class Output {
@@ -131,8 +127,7 @@ public final class Generator implements AutoCloseable {
                         config.vocabSize(), 1, options.reserveFull(), options.prefixCaching(), eosTokenIds),
                 pool);
         plan = new StepPlan(options.maxRunning());
-        batch = new StepBatch(options.tokenBudget(), options.maxRunning(), options.blockSize());
-        sampler = new Sampler(config.vocabSize());
+        executor = new LaneExecutor(arena, decoder, cache, memory.device(), options);
         sampled = new int[options.maxRunning()];
         sampledLogprobs = new float[options.maxRunning()];
     }
@@ -243,7 +238,8 @@ public final class Generator implements AutoCloseable {
         cache.requireAwake();
         if (scheduler.schedule(plan)) {
             try {
-                execute();
+                computedTokens += plan.totalTokens;
+                executor.run(plan, scheduler.requests(), seed, sampled, sampledLogprobs);
             } catch (RuntimeException | Error e) {
                 scheduler.abandonSteps();
                 throw e;
@@ -258,64 +254,11 @@ public final class Generator implements AutoCloseable {
         }
     }
 
-    private void execute() {
-        try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
-            cache.copy(plan.copySource, plan.copyTarget, plan.copyCount);
-            batch.fill(plan, scheduler.requests());
-            computedTokens += batch.tokenCount();
-            Tensor hidden = forward();
-            if (hidden != null) {
-                sample(hidden);
-            }
-        }
-    }
-
-    /** The states of the rows to sample, [wanted, embedding size], or null when no row is sampled in this step. */
-    private @Nullable Tensor forward() {
-        var device = memory.device();
-        Decoder.Placement placement = decoder.place(batch.positions(device), batch.limit());
-        PagedAttention attention =
-                new PagedAttention(config, cache, plan, batch, scheduler.requests(), device, arena.dtype());
-        boolean some = batch.wantedCount() > 0;
-        Tensor wanted = some && batch.wantedCount() < batch.tokenCount() ? batch.wanted(device) : null;
-        Tensor x = decoder.embed(arena.embedding(), batch.tokens(device), placement);
-        for (int layer = 0; layer < config.layers(); layer++) {
-            try (Scope inner = Scope.open()) {
-                boolean last = layer == config.layers() - 1;
-                x = inner.escape(decoder.layer(layer, arena.layer(layer), x, placement, attention, last ? wanted : null));
-            }
-        }
-        if (!some) {
-            return null;
-        }
-        // With every token wanted the rows are still in the batch's order, and not in the order of the plan's rows.
-        return decoder.finish(arena.head(), wanted == null ? x.indexSelect(0, batch.wanted(device)) : x);
-    }
-
-    private void sample(Tensor hidden) {
-        Tensor logits = hidden.linear(arena.logitMatrix(), null).to(DType.FLOAT32);
-        double[] logSums = logits.logSumExp(-1).toDoubles();
-        MemorySegment rows = logits.on(dev.tandem.device.Device.cpu()).memory();
-        RequestTable requests = scheduler.requests();
-        for (int i = 0; i < plan.sampleCount; i++) {
-            int slot = plan.sampleSlot[i];
-            SamplingParams params = requests.params[slot];
-            int row = batch.wantedIndex(plan.sampleRow[i]);
-            int generated = plan.samplePosition[i] - requests.promptLength[slot];
-            int[] masked = generated < params.minTokens() ? requests.stopIds[slot] : NONE_MASKED;
-            Long own = params.seed();
-            double uniform =
-                    CounterRandom.uniform(own == null ? seed : own, requests.sampleKey[slot], plan.samplePosition[i]);
-            sampled[i] = sampler.sample(rows, 4L * config.vocabSize() * row, params, requests.tokens[slot],
-                    plan.samplePosition[i], masked, uniform, logSums[row]);
-            sampledLogprobs[i] = (float) sampler.logprob();
-            nonFinite |= sampled[i] == Sampler.NON_FINITE;
-        }
-    }
-
     private void accept() {
         RequestTable requests = scheduler.requests();
+        boolean nonFinite = false;
         for (int i = 0; i < plan.sampleCount; i++) {
+            nonFinite |= sampled[i] == Sampler.NON_FINITE;
             if (!plan.accepted[i]) {
                 continue;
             }
@@ -333,7 +276,6 @@ public final class Generator implements AutoCloseable {
         }
         if (nonFinite) {
             // Keys and values that are not finite would spoil later users of their pages, even behind a mask.
-            nonFinite = false;
             scheduler.preemptAll();
             pool.reset();
             cache.clear();
@@ -395,7 +337,7 @@ public final class Generator implements AutoCloseable {
 
     @Override
     public void close() {
-        batch.close();
+        executor.close();
         cache.close();
     }
 }

@@ -26,6 +26,7 @@ final class PagedAttention implements Attention {
     private final ModelConfig config;
     private final KvCache cache;
     private final double scale;
+    private final Runnable written;
     private final Tensor blocks;
     private final Tensor offsets;
     private final List<Part> parts = new ArrayList<>();
@@ -42,8 +43,10 @@ final class PagedAttention implements Attention {
         record Continued(int length, int end, Tensor table, Tensor mask) implements Part {}
     }
 
+    /** @param written called in each layer when the keys and values of this batch are in their pages, before any row attends */
     PagedAttention(ModelConfig config, KvCache cache, StepPlan plan, StepBatch batch, RequestTable requests, Device device,
-            DType dtype) {
+            DType dtype, Runnable written) {
+        this.written = written;
         this.config = config;
         this.cache = cache;
         scale = 1 / Math.sqrt(config.headDim());
@@ -138,6 +141,7 @@ final class PagedAttention implements Attention {
         long width = (long) config.heads() * config.headDim();
         cache.keys(layer).indexPutInPlace(blocks, offsets, key.reshape(tokens, kvWidth));
         cache.values(layer).indexPutInPlace(blocks, offsets, value.reshape(tokens, kvWidth));
+        written.run();
         List<Tensor> results = new ArrayList<>(parts.size());
         long at = 0;
         for (Part part : parts) {

@@ -53,6 +53,8 @@ final class StepPlan {
     final int[] samplePosition;
     /** After {@link Scheduler#complete}: whether the token was appended; false if the request was aborted or preempted meanwhile. */
     final boolean[] accepted;
+    /** The pair's number in the whole step's plan; differs from i in a {@link #share} alone. */
+    final int[] samplePair;
     /** Epoch of the slot when the pair was planned. */
     final int[] sampleEpoch;
 
@@ -73,6 +75,7 @@ final class StepPlan {
         sampleRow = new int[maxRunning];
         sampleSlot = new int[maxRunning];
         samplePosition = new int[maxRunning];
+        samplePair = new int[maxRunning];
         sampleEpoch = new int[maxRunning];
         accepted = new boolean[maxRunning];
         copySource = new int[maxRunning];
@@ -103,6 +106,7 @@ final class StepPlan {
         sampleRow[pair] = row;
         sampleSlot[pair] = slot;
         sampleEpoch[pair] = epoch;
+        samplePair[pair] = pair;
         samplePosition[pair] = start[row] + granted[row];
         accepted[pair] = false;
     }
@@ -110,5 +114,35 @@ final class StepPlan {
     void addCopy(int source, int target) {
         copySource[copyCount] = source;
         copyTarget[copyCount++] = target;
+    }
+
+    /**
+     * Fills {@code part} with share number {@code index} of {@code count} of this plan's rows: about the same number of tokens in
+     * each, in this plan's order. A row that lies across the border of two shares is cut there; the share with its end samples.
+     */
+    void share(StepPlan part, int index, int count) {
+        part.begin(step);
+        int first = border(index, count);
+        int end = border(index + 1, count);
+        int at = 0;
+        for (int row = 0; row < rowCount; row++) {
+            int from = Math.max(first, at);
+            int to = Math.min(end, at + granted[row]);
+            boolean whole = to == at + granted[row];
+            if (from < to) {
+                int own = part.addRow(slot[row], start[row] + from - at, to - from, to - from, sampled[row] && whole);
+                for (int i = 0; whole && i < sampleCount; i++) {
+                    if (sampleRow[i] == row) {
+                        part.addSample(own, sampleSlot[i], sampleEpoch[i]);
+                        part.samplePair[part.sampleCount - 1] = i;
+                    }
+                }
+            }
+            at += granted[row];
+        }
+    }
+
+    private int border(int index, int count) {
+        return (int) ((long) totalTokens * index / count);
     }
 }
