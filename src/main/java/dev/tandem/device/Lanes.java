@@ -17,7 +17,7 @@ import org.jspecify.annotations.Nullable;
  */
 public final class Lanes implements AutoCloseable {
     private static final int SPINS_BEFORE_PARKING = 20_000;
-    private static final int SPINS_BEFORE_YIELDING = 100_000;
+    private static final int SPINS_BEFORE_YIELDING = 4_000;
 
     private final Thread[] threads;
     private final AtomicInteger arrived = new AtomicInteger();
