@@ -1,6 +1,7 @@
 /** Trains and generates with one copy of a language model's weights in one process. */
 module dev.tandem {
     requires transitive org.jspecify;
+    requires org.bytedeco.cuda;
     requires org.bytedeco.javacpp;
     requires org.bytedeco.openblas;
     requires org.bytedeco.pytorch;

@@ -15,10 +15,7 @@ public interface VirtualMemory extends AutoCloseable {
      * @throws TandemException when the addresses cannot be had, or virtual memory is not supported for the device
      */
     static VirtualMemory reserve(Device device, long bytes) {
-        if (device.isCpu()) {
-            return new HostVirtualMemory(bytes);
-        }
-        throw new TandemException("virtual memory on " + device + " is not supported by this version of Tandem");
+        return device.isCpu() ? new HostVirtualMemory(bytes) : new CudaVirtualMemory(device, bytes);
     }
 
     /** {@return the first address} */
