@@ -36,9 +36,13 @@ public record EngineOptions(List<Device> devices, DType dtype, long memoryLimit,
         }
     }
 
-    /** {@return one CPU rank, FLOAT32, sizes from the plan, 10 minutes' patience} */
+    /**
+     * {@return one rank on {@link Device#best}, FLOAT32 weights on the CPU and BFLOAT16 on a GPU, sizes from the plan, 10 minutes'
+     * patience}
+     */
     public static EngineOptions defaults() {
-        return new EngineOptions(List.of(Device.cpu()), DType.FLOAT32, 0, 0, 0, Duration.ofMinutes(10),
+        Device device = Device.best();
+        return new EngineOptions(List.of(device), device.isCpu() ? DType.FLOAT32 : DType.BFLOAT16, 0, 0, 0, Duration.ofMinutes(10),
                 GeneratorOptions.defaults(), TrainerOptions.defaults());
     }
 

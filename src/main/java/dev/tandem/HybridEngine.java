@@ -444,10 +444,10 @@ public final class HybridEngine implements AutoCloseable {
         try {
             onEachModel(model -> {
                 long needed = plan.generation().getOrDefault(DeviceMemory.Use.KV, 0L);
-                long available = ProcessMemory.available();
+                long available = DeviceMemory.available(model.memory().device());
                 if (needed > available) {
                     throw new TandemException("waking needs " + needed + " bytes for KV pages, " + (needed - available)
-                            + " more than the machine has available; held by this rank:\n" + model.memory().table());
+                            + " more than " + model.memory().device() + " has available; held by this rank:\n" + model.memory().table());
                 }
                 model.generator().wake(kvBlocks);
                 model.generator().weightVersion(weightVersion);

@@ -1,7 +1,7 @@
 package dev.tandem;
 
 import dev.tandem.device.DeviceMemory.Use;
-import dev.tandem.device.ProcessMemory;
+import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.TandemException;
 import dev.tandem.generation.Generator;
 import dev.tandem.model.ModelConfig;
@@ -19,7 +19,7 @@ import java.util.Map;
  * @param kvBlocks KV pages that the generation phase has room for
  */
 public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks) {
-    /** A rank that is told nothing leaves this share of the available memory to others. */
+    /** A rank that is told nothing takes this share of the available memory. */
     private static final double SHARE = 0.8;
 
     /** On a CPU, pages are only backed when they are used, but more than this is rarely wanted by default. */
@@ -33,10 +33,11 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
     static MemoryPlan of(ModelConfig config, EngineOptions options) {
         int ranks = options.devices().size();
         WeightLayout layout = new WeightLayout(config, ranks);
-        long available = ProcessMemory.available();
+        long available = options.devices().stream().mapToLong(DeviceMemory::available).min().orElseThrow();
+        boolean shared = options.devices().getFirst().isCpu();
         long limit = options.memoryLimit() > 0
                 ? options.memoryLimit()
-                : available == Long.MAX_VALUE ? Long.MAX_VALUE : (long) (available * SHARE / ranks);
+                : available == Long.MAX_VALUE ? Long.MAX_VALUE : (long) (available * SHARE / (shared ? ranks : 1));
         MemoryNeeds needs = MemoryNeeds.of(layout, options.dtype(), options.training());
         Map<Use, Long> training = new EnumMap<>(Use.class);
         training.put(Use.WEIGHTS, layout.length() * options.dtype().bytes());
@@ -51,9 +52,8 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         generation.put(Use.WORKSPACE, workspace(config, options));
         long blockBytes = Generator.blockBytes(config, options.dtype(), options.generation());
         long room = limit - total(generation);
-        long kv = options.kvBytes() > 0
-                ? options.kvBytes()
-                : Math.min(Math.min(DEFAULT_KV_BYTES, useful(config, options, blockBytes)), room);
+        long wanted = Math.min(shared ? DEFAULT_KV_BYTES : Long.MAX_VALUE, useful(config, options, blockBytes));
+        long kv = options.kvBytes() > 0 ? options.kvBytes() : Math.min(wanted, room);
         int blocks = (int) Math.clamp(kv / blockBytes, 0, Integer.MAX_VALUE - 8);
         generation.put(Use.KV, Math.max(blocks, 2) * blockBytes);
         MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks);

@@ -31,7 +31,7 @@ import org.junit.jupiter.params.provider.MethodSource;
 @ExtendWith(NativeObjects.class)
 class VariantTest {
     static Stream<String> variants() throws IOException {
-        try (Stream<Path> folders = Files.list(Path.of("src/test/resources/fixtures/variants"))) {
+        try (Stream<Path> folders = Files.list(Fixture.folder("variants"))) {
             return folders.map(folder -> folder.getFileName().toString()).sorted().toList().stream();
         }
     }
@@ -39,7 +39,7 @@ class VariantTest {
     @ParameterizedTest
     @MethodSource("variants")
     void equalsTransformers(String name, @TempDir Path saved) throws IOException {
-        Path folder = Path.of("src/test/resources/fixtures/variants", name);
+        Path folder = Fixture.folder("variants/" + name);
         JsonObject answers = JsonParser.parseString(Files.readString(folder.resolve("answers.json"))).getAsJsonObject();
         List<TrainingSequence> batch = new ArrayList<>();
         List<double[]> expected = new ArrayList<>();

@@ -41,6 +41,22 @@ final class CudaVirtualMemory implements VirtualMemory {
         address = CudaDriver.reserveAddresses(reserved);
     }
 
+    /** libtorch asks the driver whose address it is given, and the driver knows only addresses that are backed. */
+    @Override
+    public Tensor tensor(DType dtype, long... shape) {
+        boolean backed = handles[0] != 0;
+        if (!backed) {
+            commit(0, chunk);
+        }
+        try {
+            return Tensor.at(device, address, dtype, shape);
+        } finally {
+            if (!backed) {
+                release(0, chunk);
+            }
+        }
+    }
+
     @Override
     public long address() {
         return address;

@@ -24,6 +24,11 @@ public record Device(Kind kind, int index) {
         }
     }
 
+    /** {@return the first CUDA device where there is one, its driver and libtorch's GPU build; else the CPU} */
+    public static Device best() {
+        return Cuda.available() ? cuda(0) : cpu();
+    }
+
     /** {@return the first CPU device} */
     public static Device cpu() {
         return new Device(Kind.CPU, 0);

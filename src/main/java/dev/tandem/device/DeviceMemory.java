@@ -38,6 +38,18 @@ public final class DeviceMemory {
         this.device = device;
     }
 
+    /**
+     * {@return bytes of a device that could still be had: on the CPU what the machine has available, on a GPU what is free and what
+     * libtorch caches; {@link Long#MAX_VALUE} when that is not known}
+     */
+    public static long available(Device device) {
+        if (device.isCpu()) {
+            return ProcessMemory.available();
+        }
+        Cuda.Allocator libtorch = Cuda.allocator(device);
+        return Cuda.free(device) + libtorch.reserved() - libtorch.allocated();
+    }
+
     /** {@return whose memory this is} */
     public Device device() {
         return device;
@@ -88,6 +100,13 @@ public final class DeviceMemory {
                 text.append("%-12s %12.1f %12.1f%n".formatted(use, held(use) / 0x1p20, peak(use) / 0x1p20));
             }
         }
-        return text.append("%-12s %12.1f %12.1f".formatted("total", total() / 0x1p20, peak / 0x1p20)).toString();
+        text.append("%-12s %12.1f %12.1f".formatted("total", total() / 0x1p20, peak / 0x1p20));
+        if (!device.isCpu()) {
+            Cuda.Allocator libtorch = Cuda.allocator(device);
+            text.append("%n%-12s %12.1f %12.1f".formatted("in tensors", libtorch.allocated() / 0x1p20, libtorch.peakAllocated() / 0x1p20));
+            text.append("%n%-12s %12.1f %12.1f".formatted("and cached", libtorch.reserved() / 0x1p20, libtorch.peakReserved() / 0x1p20));
+            text.append("%n%-12s %12.1f".formatted("device free", Cuda.free(device) / 0x1p20));
+        }
+        return text.toString();
     }
 }

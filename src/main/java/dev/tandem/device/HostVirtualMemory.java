@@ -58,6 +58,11 @@ final class HostVirtualMemory implements VirtualMemory {
     }
 
     @Override
+    public Tensor tensor(DType dtype, long... shape) {
+        return Tensor.at(Device.cpu(), address, dtype, shape);
+    }
+
+    @Override
     public long address() {
         return address;
     }

@@ -114,9 +114,18 @@ public final class Tensor implements AutoCloseable {
             throw new IllegalArgumentException("shape " + Arrays.toString(shape) + " of " + dtype + " needs " + bytes
                     + " bytes, the memory has " + memory.byteSize());
         }
+        return at(Device.cpu(), memory.address(), dtype, shape);
+    }
+
+    /**
+     * Makes a tensor over memory of a device without copying it, and without checking that it is there.
+     *
+     * @param address of memory that outlives the tensor and everything viewed from it; it may be reserved and not backed yet
+     */
+    static Tensor at(Device device, long address, DType dtype, long... shape) {
         Natives.load();
-        try (BytePointer at = new BytePointer(new Address(memory.address()))) {
-            return new Tensor(torch.from_blob(at, shape, options(Device.cpu(), dtype)));
+        try (BytePointer at = new BytePointer(new Address(address))) {
+            return new Tensor(torch.from_blob(at, shape, options(device, dtype)));
         }
     }
 
@@ -482,8 +491,11 @@ public final class Tensor implements AutoCloseable {
         return this;
     }
 
-    /** Fills with normally distributed values of this mean and standard deviation. */
+    /** Fills with normally distributed values of this mean and standard deviation, the same on every device. */
     public Tensor normalInPlace(double mean, double deviation, RandomStream random) {
+        if (t.is_cuda()) {
+            return copyInPlace(empty(Device.cpu(), dtype(), shape()).normalInPlace(mean, deviation, random));
+        }
         try (GeneratorOptional source = new GeneratorOptional(random.generator())) {
             t.normal_(mean, deviation, source);
         }
@@ -553,8 +565,9 @@ public final class Tensor implements AutoCloseable {
         double sum = 0;
         try (Scope scope = Scope.open()) {
             org.bytedeco.pytorch.Tensor flat = t.reshape(-1);
-            for (long at = 0; at < t.numel(); at += PIECE) {
-                org.bytedeco.pytorch.Tensor piece = flat.narrow(0, at, Math.min(PIECE, t.numel() - at));
+            long size = t.is_cuda() ? CUDA_PIECE : PIECE;
+            for (long at = 0; at < t.numel(); at += size) {
+                org.bytedeco.pytorch.Tensor piece = flat.narrow(0, at, Math.min(size, t.numel() - at));
                 sum += piece.dot(piece).item_double();
             }
         }
@@ -562,6 +575,7 @@ public final class Tensor implements AutoCloseable {
     }
 
     private static final long PIECE = 1 << 16;
+    private static final long CUDA_PIECE = 1 << 26;
 
     // ---- selecting ------------------------------------------------------------------------------------------------------
 
@@ -609,6 +623,20 @@ public final class Tensor implements AutoCloseable {
             return new Tensor(checked(() -> torch.linear(t, weight.t)));
         }
         return new Tensor(checked(() -> torch.linear(t, weight.t, bias.t)));
+    }
+
+    /**
+     * Writes the product of {@code x} [.., k] and the transpose of {@code weight} [n, k] into this tensor, and allocates nothing. A
+     * FLOAT32 result of BFLOAT16 factors is not rounded in between (on a GPU).
+     */
+    public Tensor setLinear(Tensor x, Tensor weight) {
+        try (Scope scope = Scope.open()) {
+            Tensor transposed = weight.transpose(0, 1);
+            checked(() -> dtype() == x.dtype()
+                    ? torch.mm_out(t, x.t, transposed.t)
+                    : torch.mm_out(t, x.t, transposed.t, scalarType(dtype())));
+        }
+        return this;
     }
 
     /** {@return the matrix product} */

@@ -18,6 +18,13 @@ public interface VirtualMemory extends AutoCloseable {
         return device.isCpu() ? new HostVirtualMemory(bytes) : new CudaVirtualMemory(device, bytes);
     }
 
+    /**
+     * {@return a tensor over the whole range, valid as long as the range; only what is committed may be touched}
+     *
+     * @param shape of at most {@link #reserved} bytes
+     */
+    Tensor tensor(DType dtype, long... shape);
+
     /** {@return the first address} */
     long address();
 

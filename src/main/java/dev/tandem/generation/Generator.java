@@ -26,15 +26,15 @@ import org.jspecify.annotations.Nullable;
  */
 public final class Generator implements AutoCloseable {
     private final ModelConfig config;
-    private final WeightArena arena;
-    private final Decoder decoder;
-    private final DeviceMemory memory;
-    private final GeneratorOptions options;
     private final TokenDecoder text;
     private final KvCache cache;
     private final BlockPool pool;
     private final Scheduler scheduler;
-    private final StepPlan plan;
+    /** Plans of the steps that run, {@code running} of them from {@code oldest} on, and of those to come. */
+    private final StepPlan[] plans;
+
+    private int oldest;
+    private int running;
     private final StepExecutor executor;
     private final int[] sampled;
     private final float[] sampledLogprobs;
@@ -114,10 +114,6 @@ public final class Generator implements AutoCloseable {
     public Generator(WeightArena arena, Decoder decoder, DeviceMemory memory, GeneratorOptions options, int maxBlocks,
             TokenDecoder text, List<Integer> eosTokenIds, long seed) {
         this.config = arena.layout().config();
-        this.arena = arena;
-        this.decoder = decoder;
-        this.memory = memory;
-        this.options = options;
         this.text = text;
         this.seed = seed;
         cache = new KvCache(config, memory.device(), arena.dtype(), options.blockSize(), maxBlocks, memory);
@@ -126,8 +122,9 @@ public final class Generator implements AutoCloseable {
                 new SchedulerOptions(options.tokenBudget(), options.maxRunning(), options.prefillThreshold(), config.maxPositions(),
                         config.vocabSize(), 1, options.reserveFull(), options.prefixCaching(), eosTokenIds),
                 pool);
-        plan = new StepPlan(options.maxRunning());
         executor = new LaneExecutor(arena, decoder, cache, memory.device(), options);
+        plans = new StepPlan[executor.depth()];
+        Arrays.setAll(plans, i -> new StepPlan(options.maxRunning()));
         sampled = new int[options.maxRunning()];
         sampledLogprobs = new float[options.maxRunning()];
     }
@@ -149,8 +146,7 @@ public final class Generator implements AutoCloseable {
 
     /** Gives the KV memory back. Unfinished samples keep their tokens and are computed again after the next {@link #wake}. */
     public void sleep() {
-        scheduler.preemptAll();
-        pool.reset();
+        abandon();
         pool.shrink(1);
         cache.sleep();
     }
@@ -175,8 +171,7 @@ public final class Generator implements AutoCloseable {
 
     /** Tells that the weights have changed within their version. Unfinished samples keep their tokens and are computed again. */
     public void forgetPrefixes() {
-        scheduler.preemptAll();
-        pool.reset();
+        abandon();
     }
 
     /** Sets the seed of requests that bring none. */
@@ -236,16 +231,25 @@ public final class Generator implements AutoCloseable {
      */
     public void step(Consumer<Completion> finished) {
         cache.requireAwake();
-        if (scheduler.schedule(plan)) {
-            try {
+        try {
+            while (running < executor.depth() && scheduler.schedule(plans[(oldest + running) % plans.length])) {
+                StepPlan plan = plans[(oldest + running++) % plans.length];
                 computedTokens += plan.totalTokens;
-                executor.run(plan, scheduler.requests(), seed, sampled, sampledLogprobs);
-            } catch (RuntimeException | Error e) {
-                scheduler.abandonSteps();
-                throw e;
+                executor.begin(plan, scheduler.requests(), seed);
             }
+            if (running > 0) {
+                executor.end(plans[oldest].sampleCount, sampled, sampledLogprobs);
+            }
+        } catch (RuntimeException | Error e) {
+            abandon();
+            throw e;
+        }
+        if (running > 0) {
+            StepPlan plan = plans[oldest];
+            oldest = (oldest + 1) % plans.length;
+            running--;
             scheduler.complete(plan, sampled);
-            accept();
+            accept(plan);
         }
         for (int slot = scheduler.pollFinished(); slot != RequestTable.NONE; slot = scheduler.pollFinished()) {
             Completion completion = completion(slot);
@@ -254,7 +258,14 @@ public final class Generator implements AutoCloseable {
         }
     }
 
-    private void accept() {
+    /** After a failure: no step runs any more, and what they computed is not used. */
+    private void abandon() {
+        running = 0;
+        executor.abandon();
+        scheduler.abandonSteps();
+    }
+
+    private void accept(StepPlan plan) {
         RequestTable requests = scheduler.requests();
         boolean nonFinite = false;
         for (int i = 0; i < plan.sampleCount; i++) {
@@ -276,8 +287,7 @@ public final class Generator implements AutoCloseable {
         }
         if (nonFinite) {
             // Keys and values that are not finite would spoil later users of their pages, even behind a mask.
-            scheduler.preemptAll();
-            pool.reset();
+            abandon();
             cache.clear();
         }
     }

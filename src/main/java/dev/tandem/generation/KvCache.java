@@ -8,7 +8,6 @@ import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.device.VirtualMemory;
 import dev.tandem.model.ModelConfig;
-import java.lang.foreign.MemorySegment;
 import java.util.ArrayList;
 import java.util.List;
 
@@ -44,8 +43,7 @@ final class KvCache implements AutoCloseable {
         long slab = blockSize * width;
         long page = 2 * config.layers() * slab;
         try (Scope scope = Scope.open()) {
-            MemorySegment all = MemorySegment.ofAddress(range.address()).reinterpret(blockBytes * maxBlocks);
-            pages = Tensor.wrap(all, dtype, maxBlocks, page).keep();
+            pages = range.tensor(dtype, maxBlocks, page).keep();
             for (int layer = 0; layer < config.layers(); layer++) {
                 long[] shape = {maxBlocks, blockSize, width};
                 long[] strides = {page, width, 1};

@@ -34,6 +34,8 @@ final class LaneExecutor implements StepExecutor {
     private final Lanes lanes;
     private final Lane[] shares;
     private final Lane whole;
+    private final int[] sampled;
+    private final float[] sampledLogprobs;
 
     LaneExecutor(WeightArena arena, Decoder decoder, KvCache cache, Device device, GeneratorOptions options) {
         config = arena.layout().config();
@@ -47,15 +49,31 @@ final class LaneExecutor implements StepExecutor {
             shares[i] = new Lane(options);
         }
         whole = shares[0];
+        sampled = new int[options.maxRunning()];
+        sampledLogprobs = new float[options.maxRunning()];
     }
 
     @Override
-    public void run(StepPlan plan, RequestTable requests, long seed, int[] tokens, float[] logprobs) {
+    public int depth() {
+        return 1;
+    }
+
+    @Override
+    public void end(int count, int[] tokens, float[] logprobs) {
+        System.arraycopy(sampled, 0, tokens, 0, count);
+        System.arraycopy(sampledLogprobs, 0, logprobs, 0, count);
+    }
+
+    @Override
+    public void abandon() {}
+
+    @Override
+    public void begin(StepPlan plan, RequestTable requests, long seed) {
         try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
             cache.copy(plan.copySource, plan.copyTarget, plan.copyCount);
             if (shares.length == 1 || plan.totalTokens < MIN_TOKENS_PER_LANE * shares.length) {
                 whole.prepare(plan, requests);
-                whole.run(plan, requests, seed, tokens, logprobs, () -> {});
+                whole.run(plan, requests, seed, () -> {});
                 return;
             }
             for (int i = 0; i < shares.length; i++) {
@@ -64,7 +82,7 @@ final class LaneExecutor implements StepExecutor {
             }
             lanes.run(i -> {
                 try (Gradients none = Gradients.disabled(); Scope own = Scope.open()) {
-                    shares[i].run(shares[i].part, requests, seed, tokens, logprobs, lanes::meet);
+                    shares[i].run(shares[i].part, requests, seed, lanes::meet);
                 }
             });
         }
@@ -88,10 +106,10 @@ final class LaneExecutor implements StepExecutor {
             placement = decoder.place(batch.positions(device), batch.limit());
         }
 
-        void run(StepPlan plan, RequestTable requests, long seed, int[] tokens, float[] logprobs, Runnable written) {
+        void run(StepPlan plan, RequestTable requests, long seed, Runnable written) {
             Tensor hidden = forward(plan, requests, written);
             if (hidden != null) {
-                sample(hidden, plan, requests, seed, tokens, logprobs);
+                sample(hidden, plan, requests, seed);
             }
         }
 
@@ -116,7 +134,7 @@ final class LaneExecutor implements StepExecutor {
             return decoder.finish(arena.head(), wanted == null ? x.indexSelect(0, batch.wanted(device)) : x);
         }
 
-        private void sample(Tensor hidden, StepPlan plan, RequestTable requests, long seed, int[] tokens, float[] logprobs) {
+        private void sample(Tensor hidden, StepPlan plan, RequestTable requests, long seed) {
             Tensor logits = hidden.linear(arena.logitMatrix(), null).to(DType.FLOAT32);
             double[] logSums = logits.logSumExp(-1).toDoubles();
             MemorySegment rows = logits.on(Device.cpu()).memory();
@@ -129,9 +147,9 @@ final class LaneExecutor implements StepExecutor {
                 Long own = params.seed();
                 double uniform = CounterRandom.uniform(own == null ? seed : own, requests.sampleKey[slot], plan.samplePosition[i]);
                 int pair = plan.samplePair[i];
-                tokens[pair] = sampler.sample(rows, 4L * config.vocabSize() * row, params, requests.tokens[slot],
+                sampled[pair] = sampler.sample(rows, 4L * config.vocabSize() * row, params, requests.tokens[slot],
                         plan.samplePosition[i], masked, uniform, logSums[row]);
-                logprobs[pair] = (float) sampler.logprob();
+                sampledLogprobs[pair] = (float) sampler.logprob();
             }
         }
 

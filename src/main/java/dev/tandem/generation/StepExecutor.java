@@ -3,19 +3,33 @@ package dev.tandem.generation;
 /**
  * Computes what a {@link StepPlan} asks for: copies pages, runs the decoder, writes keys and values, samples.
  *
- * <p>Confined to its rank's thread; the owner closes it.
+ * <p>A step is begun, and its results are asked for later, so that the next one can be planned while it runs. Steps end in the order in
+ * which they were begun. Confined to its rank's thread; the owner closes it.
  */
 interface StepExecutor extends AutoCloseable {
+    /** {@return how many steps may have begun and not ended: 1, or 2 when the device runs beside the host} */
+    int depth();
+
     /**
-     * Runs one step.
+     * Begins a step. Everything that the plan and the table hold is read before this returns.
      *
      * @param plan what to compute
      * @param requests the scheduler's table, which the plan refers to
      * @param seed of requests that bring none
+     */
+    void begin(StepPlan plan, RequestTable requests, long seed);
+
+    /**
+     * Waits for the oldest step that has begun.
+     *
+     * @param count the plan's number of samples
      * @param tokens receives the sampled token of each of the plan's pairs, or {@link Sampler#NON_FINITE}
      * @param logprobs receives their log-probs
      */
-    void run(StepPlan plan, RequestTable requests, long seed, int[] tokens, float[] logprobs);
+    void end(int count, int[] tokens, float[] logprobs);
+
+    /** Waits for everything that runs and forgets its results, after a failure. */
+    void abandon();
 
     @Override
     void close();

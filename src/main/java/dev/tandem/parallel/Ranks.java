@@ -1,5 +1,6 @@
 package dev.tandem.parallel;
 
+import dev.tandem.device.Cuda;
 import dev.tandem.device.Device;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Threads;
@@ -47,13 +48,20 @@ public final class Ranks implements AutoCloseable {
         }
         this.devices = List.copyOf(devices);
         this.limit = limit;
+        devices.stream().filter(device -> !device.isCpu()).forEach(Cuda::require);
         int cores = Math.max(1, Threads.perOperation() / devices.size());
         for (int i = 0; i < devices.size(); i++) {
             String name = "rank-" + i;
             threads.add(Executors.newSingleThreadExecutor(
                     Thread.ofPlatform().name(name).daemon().factory()));
             running.add(null);
-            threads.get(i).execute(() -> Threads.perOperation(cores));
+            Device device = devices.get(i);
+            threads.get(i).execute(() -> {
+                Threads.perOperation(cores);
+                if (!device.isCpu()) {
+                    Cuda.use(device);
+                }
+            });
             if (devices.size() > 1) {
                 collectives.add(new RankCollectives(i, devices.size()));
             }

@@ -23,6 +23,7 @@ import org.jspecify.annotations.Nullable;
  */
 final class ShardedAdamW implements AutoCloseable {
     private static final long CHUNK = 1 << 16;
+    private static final long CUDA_CHUNK = 1 << 26;
 
     private final WeightArena arena;
     private final Collectives collectives;
@@ -69,6 +70,7 @@ final class ShardedAdamW implements AutoCloseable {
      */
     void step(GradientShard gradients, double lr, double scale) {
         steps++;
+        long chunkSize = memory.device().isCpu() ? CHUNK : CUDA_CHUNK;
         double correction1 = 1 - Math.pow(options.beta1(), steps);
         double correction2 = Math.sqrt(1 - Math.pow(options.beta2(), steps));
         try (Gradients off = Gradients.disabled()) {
@@ -82,8 +84,8 @@ final class ShardedAdamW implements AutoCloseable {
                     Tensor m = state(first, group);
                     Tensor v = state(second, group);
                     group.runs(start, start + length, (from, to, decays) -> {
-                        for (long at = from - start; at < to - start; at += CHUNK) {
-                            long n = Math.min(CHUNK, to - start - at);
+                        for (long at = from - start; at < to - start; at += chunkSize) {
+                            long n = Math.min(chunkSize, to - start - at);
                             try (Scope chunk = Scope.open()) {
                                 Tensor w = weights.narrow(0, at, n);
                                 Tensor g = gradient.narrow(0, at, n);

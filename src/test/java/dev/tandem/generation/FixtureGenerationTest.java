@@ -6,7 +6,9 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 import com.google.gson.JsonArray;
 import com.google.gson.JsonObject;
 import dev.tandem.device.DType;
+import dev.tandem.device.Device;
 import dev.tandem.testing.Fixture;
+import dev.tandem.testing.Gpu;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.stream.Stream;
@@ -28,6 +30,17 @@ class FixtureGenerationTest {
     @ParameterizedTest
     @MethodSource("variants")
     void greedyContinuations(Fixture fixture, GeneratorOptions options, int blocks) {
+        check(fixture, Device.cpu(), options, blocks);
+    }
+
+    @Gpu
+    @ParameterizedTest
+    @MethodSource("variants")
+    void greedyContinuationsOnCuda(Fixture fixture, GeneratorOptions options, int blocks) {
+        check(fixture, Device.cuda(0), options, blocks);
+    }
+
+    private static void check(Fixture fixture, Device device, GeneratorOptions options, int blocks) {
         JsonArray golden = fixture.golden().getAsJsonArray("prompts");
         List<Prompt> prompts = new ArrayList<>();
         for (int i = 0; i < golden.size(); i++) {
@@ -37,7 +50,7 @@ class FixtureGenerationTest {
         }
         double worst = 0;
         int compared = 0;
-        try (RankGenerator rank = new RankGenerator(fixture.folder(), DType.FLOAT32, options, blocks)) {
+        try (RankGenerator rank = new RankGenerator(fixture.folder(), device, DType.FLOAT32, options, blocks)) {
             List<Completion> found = rank.run(prompts);
             assertEquals(prompts.size(), found.size());
             for (int i = 0; i < golden.size(); i++) {

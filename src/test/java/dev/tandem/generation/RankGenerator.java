@@ -18,12 +18,16 @@ import java.util.function.Consumer;
 final class RankGenerator implements AutoCloseable {
     final ModelConfig config;
     final WeightArena arena;
-    final DeviceMemory memory = new DeviceMemory(Device.cpu());
+    final DeviceMemory memory;
     final Generator generator;
     private final Decoder decoder;
 
     RankGenerator(Path folder, DType dtype, GeneratorOptions options, int blocks) {
-        this(ModelConfig.read(folder), dtype, options, blocks, arena -> {
+        this(folder, Device.cpu(), dtype, options, blocks);
+    }
+
+    RankGenerator(Path folder, Device device, DType dtype, GeneratorOptions options, int blocks) {
+        this(ModelConfig.read(folder), device, dtype, options, blocks, arena -> {
             try (Safetensors checkpoint = Safetensors.open(folder)) {
                 arena.load(checkpoint);
             }
@@ -31,10 +35,16 @@ final class RankGenerator implements AutoCloseable {
     }
 
     RankGenerator(ModelConfig config, DType dtype, GeneratorOptions options, int blocks, Consumer<WeightArena> fill) {
+        this(config, Device.cpu(), dtype, options, blocks, fill);
+    }
+
+    RankGenerator(ModelConfig config, Device device, DType dtype, GeneratorOptions options, int blocks,
+            Consumer<WeightArena> fill) {
         this.config = config;
-        arena = new WeightArena(new WeightLayout(config, 1), Device.cpu(), dtype);
+        memory = new DeviceMemory(device);
+        arena = new WeightArena(new WeightLayout(config, 1), device, dtype);
         fill.accept(arena);
-        decoder = new Decoder(config, Device.cpu(), dtype);
+        decoder = new Decoder(config, device, dtype);
         generator = new Generator(arena, decoder, memory, options, blocks, RankGenerator::decode, config.eosTokenIds(), 7);
         generator.wake(blocks);
     }

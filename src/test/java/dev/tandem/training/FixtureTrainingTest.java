@@ -10,6 +10,7 @@ import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.parallel.Ranks;
 import dev.tandem.testing.Fixture;
+import dev.tandem.testing.Gpu;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.List;
@@ -30,6 +31,17 @@ class FixtureTrainingTest {
     @ParameterizedTest(name = "{0}, {1} ranks, activations {2}, logits {3}, micro-batch {4}")
     @MethodSource("variants")
     void tenStepsOfAdamW(Fixture fixture, int ranks, long activations, long logits, int microBatchTokens) {
+        train(fixture, ranks(ranks), activations, logits, microBatchTokens);
+    }
+
+    @Gpu
+    @ParameterizedTest
+    @MethodSource("fixtures")
+    void tenStepsOfAdamWOnCuda(Fixture fixture) {
+        train(fixture, new Ranks(List.of(Device.cuda(0)), Duration.ofMinutes(1)), 1L << 30, 1 << 14, 64);
+    }
+
+    private static void train(Fixture fixture, Ranks ranks, long activations, long logits, int microBatchTokens) {
         JsonObject run = fixture.golden().getAsJsonObject("train_float64");
         List<int[]> sequences = sequences(run.getAsJsonArray("sequences"));
         int targets = sequences.stream().mapToInt(s -> s.length - 1).sum();
@@ -46,7 +58,7 @@ class FixtureTrainingTest {
         double[] losses = Fixture.doubles(run.getAsJsonArray("loss"));
         double[] norms = Fixture.doubles(run.getAsJsonArray("grad_norm"));
         double worst = 0;
-        try (Ranks group = ranks(ranks); RankModel model = new RankModel(fixture.folder(), group, DType.FLOAT32,
+        try (ranks; RankModel model = new RankModel(fixture.folder(), ranks, DType.FLOAT32,
                 options)) {
             for (int i = 0; i < losses.length; i++) {
                 TrainStep step = model.trainer.step(batch, t -> t.logprob().mul(t.weight()).sum().neg(), 1);
@@ -54,7 +66,7 @@ class FixtureTrainingTest {
                 worst = Math.max(worst, Math.abs(step.gradientNorm() / norms[i] - 1));
             }
         }
-        System.out.printf("%s, %d ranks: largest relative difference of loss or gradient norm %.2e%n", fixture, ranks,
+        System.out.printf("%s, %d ranks: largest relative difference of loss or gradient norm %.2e%n", fixture, ranks.count(),
                 worst);
         assertTrue(worst < 1e-4, "largest relative difference " + worst);
     }
@@ -91,11 +103,19 @@ class FixtureTrainingTest {
     @ParameterizedTest
     @MethodSource("fixtures")
     void logprobsOfPrompts(Fixture fixture) {
-        check(fixture, DType.FLOAT32, 1e-4, 1e-4);
-        check(fixture, DType.BFLOAT16, 0.05, 0.01);
+        check(fixture, Device.cpu(), DType.FLOAT32, 1e-4, 1e-4);
+        check(fixture, Device.cpu(), DType.BFLOAT16, 0.05, 0.01);
     }
 
-    private static void check(Fixture fixture, DType dtype, double most, double mean) {
+    @Gpu
+    @ParameterizedTest
+    @MethodSource("fixtures")
+    void logprobsOfPromptsOnCuda(Fixture fixture) {
+        check(fixture, Device.cuda(0), DType.FLOAT32, 1e-4, 1e-4);
+        check(fixture, Device.cuda(0), DType.BFLOAT16, 0.05, 0.01);
+    }
+
+    private static void check(Fixture fixture, Device device, DType dtype, double most, double mean) {
         List<TrainingSequence> batch = new ArrayList<>();
         List<double[]> expected = new ArrayList<>();
         for (JsonElement e : fixture.golden().getAsJsonArray("prompts")) {
@@ -108,7 +128,7 @@ class FixtureTrainingTest {
         double worst = 0;
         double sum = 0;
         int count = 0;
-        try (Ranks group = ranks(1);
+        try (Ranks group = new Ranks(List.of(device), Duration.ofMinutes(1));
                 RankModel model = new RankModel(fixture.folder(), group, dtype, TrainerOptions.defaults())) {
             float[][] found = model.trainer.logprobs(batch, null, 1);
             for (int s = 0; s < found.length; s++) {

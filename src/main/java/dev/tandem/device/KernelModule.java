@@ -1,0 +1,110 @@
+package dev.tandem.device;
+
+import java.lang.foreign.Arena;
+import java.lang.foreign.MemorySegment;
+import java.lang.foreign.ValueLayout;
+import java.util.Map;
+
+/**
+ * The kernels of one source file, compiled for a device and loaded on it. The owner closes it, after the device has finished with them.
+ */
+public final class KernelModule implements AutoCloseable {
+    private static final Object LOCK = new Object();
+    private static @org.jspecify.annotations.Nullable Nvrtc compiler;
+
+    private final long module;
+    private boolean closed;
+
+    /**
+     * Compiles a source with macros, or takes the machine code from the cache, and loads it.
+     *
+     * @param source the name of a file of Tandem's, such as {@code decode_attention.cu}
+     * @throws TandemException when NVRTC is missing or the source cannot be compiled
+     */
+    public KernelModule(Device device, String source, Map<String, String> macros) {
+        Cuda.use(device);
+        byte[] code;
+        synchronized (LOCK) {
+            if (compiler == null) {
+                compiler = new Nvrtc();
+            }
+            code = new KernelSource(source, macros).compile(compiler, architecture(device));
+        }
+        try (Arena arena = Arena.ofConfined()) {
+            module = CudaDriver.loadModule(arena.allocateFrom(ValueLayout.JAVA_BYTE, code));
+        }
+    }
+
+    /** Hopper's own instructions need the architecture's own variant. */
+    static String architecture(Device device) {
+        int major = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR);
+        int minor = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MINOR);
+        return "sm_" + major + minor + (major == 9 ? "a" : "");
+    }
+
+    /** {@return a kernel by its name, valid until this module is closed} */
+    public Kernel kernel(String name) {
+        return new Kernel(CudaDriver.function(module, name), name);
+    }
+
+    /** A kernel that can be launched on the calling thread's stream. */
+    public static final class Kernel {
+        private final long function;
+        private final String name;
+
+        private Kernel(long function, String name) {
+            this.function = function;
+            this.name = name;
+        }
+
+        /** Lets each block have that many bytes of dynamic shared memory. */
+        public Kernel sharedMemory(int bytes) {
+            CudaDriver.allowSharedMemory(function, bytes);
+            return this;
+        }
+
+        /** {@return how many blocks one multiprocessor holds at a time} */
+        public int residentBlocks(int threads, int sharedBytes) {
+            return CudaDriver.residentBlocks(function, threads, sharedBytes);
+        }
+
+        /**
+         * Launches the kernel.
+         *
+         * @param arguments Long for pointers and 64-bit integers, Integer, Float; in the order and of the types of the source
+         */
+        public void launch(Device device, int gridX, int gridY, int threads, int sharedBytes, Object... arguments) {
+            if (gridX == 0 || gridY == 0) {
+                return;
+            }
+            try (Arena arena = Arena.ofConfined()) {
+                MemorySegment values = arena.allocate(ValueLayout.JAVA_LONG, arguments.length);
+                MemorySegment addresses = arena.allocate(ValueLayout.JAVA_LONG, arguments.length);
+                for (int i = 0; i < arguments.length; i++) {
+                    long at = 8L * i;
+                    switch (arguments[i]) {
+                        case Long x -> values.set(ValueLayout.JAVA_LONG, at, x);
+                        case Integer x -> values.set(ValueLayout.JAVA_INT, at, x);
+                        case Float x -> values.set(ValueLayout.JAVA_FLOAT, at, x);
+                        default -> throw new IllegalArgumentException(name + ": argument " + i + " is a " + arguments[i].getClass());
+                    }
+                    addresses.setAtIndex(ValueLayout.JAVA_LONG, i, values.address() + at);
+                }
+                CudaDriver.launch(function, gridX, gridY, 1, threads, sharedBytes, Cuda.stream(device), addresses);
+            }
+        }
+
+        @Override
+        public String toString() {
+            return name;
+        }
+    }
+
+    @Override
+    public void close() {
+        if (!closed) {
+            closed = true;
+            CudaDriver.unloadModule(module);
+        }
+    }
+}

@@ -1,0 +1,94 @@
+package dev.tandem.device;
+
+import java.io.IOException;
+import java.io.InputStream;
+import java.io.UncheckedIOException;
+import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.security.MessageDigest;
+import java.security.NoSuchAlgorithmException;
+import java.util.HexFormat;
+import java.util.List;
+import java.util.Map;
+import java.util.TreeMap;
+
+/**
+ * A .cu file of Tandem's, specialised by macros.
+ *
+ * <p>Machine code is kept on disk under a hash of the source, the macros, the architecture and the compiler's version, so a second process
+ * compiles nothing: in {@code dev.tandem.kernelCache} if that system property names a folder, else in {@code ~/.cache/tandem/kernels}. A
+ * cache that cannot be written is no error.
+ *
+ * @param name of the resource under {@code native/cuda}, such as {@code decode_attention.cu}
+ * @param macros defined for this specialisation
+ */
+record KernelSource(String name, Map<String, String> macros) {
+    private static final System.Logger LOG = System.getLogger(KernelSource.class.getName());
+    private static final String COMMON = "common.cuh";
+
+    KernelSource {
+        macros = Map.copyOf(macros);
+    }
+
+    /** {@return the file's text} */
+    String text() {
+        return resource(name);
+    }
+
+    private static String resource(String name) {
+        try (InputStream in = KernelSource.class.getResourceAsStream("/native/cuda/" + name)) {
+            if (in == null) {
+                throw new TandemException("the kernel source " + name + " is not packaged with this build");
+            }
+            return new String(in.readAllBytes(), StandardCharsets.UTF_8);
+        } catch (IOException e) {
+            throw new UncheckedIOException(e);
+        }
+    }
+
+    /**
+     * {@return machine code for an architecture, from the cache or compiled now}
+     *
+     * @throws TandemException with the compiler's messages
+     */
+    byte[] compile(Nvrtc compiler, String architecture) {
+        String text = text();
+        String common = resource(COMMON);
+        List<String> options = new TreeMap<>(macros).entrySet().stream().map(e -> "-D" + e.getKey() + "=" + e.getValue()).toList();
+        Path file = cache().resolve(hash(text, common, architecture, compiler.version(), options.toString()) + ".cubin");
+        try {
+            return Files.readAllBytes(file);
+        } catch (IOException e) {
+            LOG.log(System.Logger.Level.DEBUG, "compiling {0} {1} for {2}", name, options, architecture);
+        }
+        byte[] code = compiler.compile(name, text, Map.of(COMMON, common), architecture, options);
+        try {
+            Files.createDirectories(file.getParent());
+            Path part = Files.createTempFile(file.getParent(), "kernel", ".part");
+            Files.write(part, code);
+            Files.move(part, file, java.nio.file.StandardCopyOption.REPLACE_EXISTING, java.nio.file.StandardCopyOption.ATOMIC_MOVE);
+        } catch (IOException e) {
+            LOG.log(System.Logger.Level.DEBUG, "compiled kernels cannot be kept in {0}: {1}", file.getParent(), e.getMessage());
+        }
+        return code;
+    }
+
+    private static Path cache() {
+        String folder = System.getProperty("dev.tandem.kernelCache");
+        return folder != null ? Path.of(folder) : Path.of(System.getProperty("user.home"), ".cache", "tandem", "kernels");
+    }
+
+    private static String hash(String... parts) {
+        try {
+            MessageDigest digest = MessageDigest.getInstance("SHA-256");
+            for (String part : parts) {
+                digest.update(part.getBytes(StandardCharsets.UTF_8));
+                digest.update((byte) 0);
+            }
+            return HexFormat.of().formatHex(digest.digest());
+        } catch (NoSuchAlgorithmException e) {
+            throw new IllegalStateException(e);
+        }
+    }
+}
