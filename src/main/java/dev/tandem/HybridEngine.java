@@ -193,7 +193,14 @@ public final class HybridEngine implements AutoCloseable {
         return template.render(messages, true, Map.of());
     }
 
-    private List<Completion> rollout(List<Prompt> prompts, Consumer<Completion> finished) {
+    /**
+     * Generates for prompts that each bring their own parameters, shared out over the ranks.
+     *
+     * @param prompts numbered 0, 1, … by {@link Prompt#index}
+     * @param finished told of each completion as it ends, on a rank's thread, from several at a time; it must return quickly
+     * @return completions ordered by prompt and sample
+     */
+    public List<Completion> rollout(List<Prompt> prompts, Consumer<Completion> finished) {
         try (Occupancy.Hold hold = occupancy.enter("generate")) {
             var event = new EngineEvents.Rollout();
             event.begin();

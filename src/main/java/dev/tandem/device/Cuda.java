@@ -98,6 +98,12 @@ public final class Cuda {
         CudaDriver.synchronize();
     }
 
+    /** {@return how many multiprocessors a device has} */
+    public static int multiprocessors(Device device) {
+        use(device);
+        return CudaDriver.attribute(device.index(), CudaDriver.MULTIPROCESSORS);
+    }
+
     /** Has libtorch give memory that it caches and nobody uses back to the driver. */
     public static void releaseCached(Device device) {
         use(device);

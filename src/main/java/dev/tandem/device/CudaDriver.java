@@ -293,11 +293,11 @@ final class CudaDriver {
     }
 
     /** @param arguments an array of the addresses of the kernel's arguments */
-    static void launch(long function, int gridX, int gridY, int gridZ, int blockX, int sharedBytes, long stream,
+    static void launch(long function, int gridX, int gridY, int blockX, int blockY, int sharedBytes, long stream,
             MemorySegment arguments) {
         try {
             check("cuLaunchKernel", (int) LAUNCH.invokeExact(
-                    function, gridX, gridY, gridZ, blockX, 1, 1, sharedBytes, stream, arguments, MemorySegment.NULL));
+                    function, gridX, gridY, 1, blockX, blockY, 1, sharedBytes, stream, arguments, MemorySegment.NULL));
         } catch (Throwable e) {
             throw rethrown(e);
         }

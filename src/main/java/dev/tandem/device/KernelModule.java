@@ -47,6 +47,22 @@ public final class KernelModule implements AutoCloseable {
         return new Kernel(CudaDriver.function(module, name), name);
     }
 
+    /**
+     * How many threads run a kernel.
+     *
+     * @param x blocks in the first dimension; 0 launches nothing
+     * @param y blocks in the second
+     * @param threads of a block, in the first dimension
+     * @param rows of threads in a block, the second dimension
+     * @param sharedBytes of dynamic shared memory of a block
+     */
+    public record Grid(int x, int y, int threads, int rows, int sharedBytes) {
+        /** {@return blocks in one dimension, without dynamic shared memory} */
+        public static Grid of(int blocks, int threads) {
+            return new Grid(blocks, 1, threads, 1, 0);
+        }
+    }
+
     /** A kernel that can be launched on the calling thread's stream. */
     public static final class Kernel {
         private final long function;
@@ -73,8 +89,8 @@ public final class KernelModule implements AutoCloseable {
          *
          * @param arguments Long for pointers and 64-bit integers, Integer, Float; in the order and of the types of the source
          */
-        public void launch(Device device, int gridX, int gridY, int threads, int sharedBytes, Object... arguments) {
-            if (gridX == 0 || gridY == 0) {
+        public void launch(Device device, Grid grid, Object... arguments) {
+            if (grid.x == 0 || grid.y == 0) {
                 return;
             }
             try (Arena arena = Arena.ofConfined()) {
@@ -90,7 +106,7 @@ public final class KernelModule implements AutoCloseable {
                     }
                     addresses.setAtIndex(ValueLayout.JAVA_LONG, i, values.address() + at);
                 }
-                CudaDriver.launch(function, gridX, gridY, 1, threads, sharedBytes, Cuda.stream(device), addresses);
+                CudaDriver.launch(function, grid.x, grid.y, grid.threads, grid.rows, grid.sharedBytes, Cuda.stream(device), addresses);
             }
         }
 

@@ -19,21 +19,22 @@ public final class PinnedMemory implements AutoCloseable {
         return memory;
     }
 
-    /** Copies the first {@code bytes} to device memory, in the order of the calling thread's stream. */
-    public void copyTo(Device device, long address, long bytes) {
-        CudaDriver.copy(address, memory.address(), check(bytes), Cuda.stream(device));
+    /** Copies {@code bytes} from {@code offset} on to the same offset of device memory, in the order of the calling thread's stream. */
+    public void copyTo(Device device, long address, long offset, long bytes) {
+        check(offset + bytes);
+        CudaDriver.copy(address + offset, memory.address() + offset, bytes, Cuda.stream(device));
     }
 
     /** Copies device memory to the first {@code bytes}, in the order of the calling thread's stream. */
     public void copyFrom(Device device, long address, long bytes) {
-        CudaDriver.copy(memory.address(), address, check(bytes), Cuda.stream(device));
+        check(bytes);
+        CudaDriver.copy(memory.address(), address, bytes, Cuda.stream(device));
     }
 
-    private long check(long bytes) {
-        if (bytes < 0 || bytes > memory.byteSize()) {
-            throw new IllegalArgumentException(bytes + " bytes of " + memory.byteSize());
+    private void check(long end) {
+        if (end < 0 || end > memory.byteSize()) {
+            throw new IllegalArgumentException("byte " + end + " of " + memory.byteSize());
         }
-        return bytes;
     }
 
     @Override

@@ -348,6 +348,16 @@ public final class Tensor implements AutoCloseable {
         return new Tensor(t.neg());
     }
 
+    /** {@return the cosine of each element} */
+    public Tensor cos() {
+        return new Tensor(t.cos());
+    }
+
+    /** {@return the sine of each element} */
+    public Tensor sin() {
+        return new Tensor(t.sin());
+    }
+
     /** {@return e to the power of this} */
     public Tensor exp() {
         return new Tensor(t.exp());

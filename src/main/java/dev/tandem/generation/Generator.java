@@ -2,6 +2,7 @@ package dev.tandem.generation;
 
 import dev.tandem.device.DType;
 import dev.tandem.device.DeviceMemory;
+import dev.tandem.device.TandemException;
 import dev.tandem.device.Gradients;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
@@ -25,6 +26,8 @@ import org.jspecify.annotations.Nullable;
  * libtorch rounds for other shapes. Confined to its rank's thread. The owner closes it.
  */
 public final class Generator implements AutoCloseable {
+    private static final System.Logger LOG = System.getLogger(Generator.class.getName());
+
     private final ModelConfig config;
     private final TokenDecoder text;
     private final KvCache cache;
@@ -122,11 +125,28 @@ public final class Generator implements AutoCloseable {
                 new SchedulerOptions(options.tokenBudget(), options.maxRunning(), options.prefillThreshold(), config.maxPositions(),
                         config.vocabSize(), 1, options.reserveFull(), options.prefixCaching(), eosTokenIds),
                 pool);
-        executor = new LaneExecutor(arena, decoder, cache, memory.device(), options);
+        executor = executor(arena, decoder, memory, options);
         plans = new StepPlan[executor.depth()];
         Arrays.setAll(plans, i -> new StepPlan(options.maxRunning()));
         sampled = new int[options.maxRunning()];
         sampledLogprobs = new float[options.maxRunning()];
+    }
+
+    /** Tandem's kernels where they can compute the model, else libtorch's operations. */
+    private StepExecutor executor(WeightArena arena, Decoder decoder, DeviceMemory memory, GeneratorOptions options) {
+        if (!memory.device().isCpu()) {
+            String obstacle = CudaDecoder.obstacle(config, arena.dtype(), options);
+            if (obstacle == null) {
+                try {
+                    return new CudaExecutor(arena, cache, memory, options);
+                } catch (TandemException e) {
+                    LOG.log(System.Logger.Level.WARNING, "generating with libtorch's operations, which is slower: {0}", e.getMessage());
+                }
+            } else {
+                LOG.log(System.Logger.Level.INFO, "generating with libtorch's operations, which is slower: {0}", obstacle);
+            }
+        }
+        return new LaneExecutor(arena, decoder, cache, memory.device(), options);
     }
 
     /** {@return the bytes of one KV page} */

@@ -1,0 +1,155 @@
+package dev.tandem.benchmarks;
+
+import dev.tandem.EngineOptions;
+import dev.tandem.HybridEngine;
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.generation.Completion;
+import dev.tandem.generation.GeneratorOptions;
+import dev.tandem.generation.Prompt;
+import dev.tandem.generation.SamplingParams;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.Locale;
+import org.apache.commons.math3.random.MersenneTwister;
+
+/**
+ * Generation on a GPU, random weights, the workloads that the peers are measured on. One line for each figure.
+ *
+ * <pre>
+ * GpuGeneration SHAPE nano     256 requests, prompts and outputs uniform 100–1,024 tokens, temperature 0.6: output tokens/s
+ * GpuGeneration SHAPE tpot     milliseconds a token at batch 1
+ * GpuGeneration SHAPE long     256 requests of 1,024 tokens in and 1,024 out: output tokens/s
+ * GpuGeneration SHAPE switch   sleep and wake with 8, 32, 64 GiB of KV
+ * </pre>
+ */
+final class GpuGeneration {
+    private static final int REQUESTS = 256;
+
+    private GpuGeneration() {}
+
+    public static void main(String[] args) {
+        long start = System.nanoTime();
+        String shape = args[0];
+        List<String> what = Arrays.asList(args).subList(1, args.length);
+        EngineOptions options = EngineOptions.defaults().devices(Device.cuda(0)).dtype(DType.BFLOAT16)
+                .generation(GeneratorOptions.defaults().blockSize(64).step(16384, 256, 16384).prefixCaching(false));
+        try (HybridEngine engine = HybridEngine.create(Shapes.config(shape).withMaxPositions(4096), null, options)) {
+            say("%s start: engine %.1f s", shape, seconds(start));
+            run(engine, List.of(prompt(0, new int[] {1, 2, 3}, 4)));
+            say("%s first token after %.1f s", shape, seconds(start));
+            for (String workload : what) {
+                switch (workload) {
+                    case "nano" -> nano(engine, shape);
+                    case "tpot" -> tpot(engine, shape);
+                    case "long" -> longOutputs(engine, shape);
+                    default -> throw new IllegalArgumentException("unknown workload " + workload);
+                }
+            }
+            say("%s", engine.memory());
+        }
+    }
+
+    private static void nano(HybridEngine engine, String shape) {
+        PythonRandom random = new PythonRandom(0);
+        List<int[]> prompts = new ArrayList<>();
+        for (int i = 0; i < REQUESTS; i++) {
+            int[] tokens = new int[random.between(100, 1024)];
+            for (int t = 0; t < tokens.length; t++) {
+                tokens[t] = random.between(0, 10_000);
+            }
+            prompts.add(tokens);
+        }
+        List<Prompt> requests = new ArrayList<>();
+        long total = 0;
+        for (int i = 0; i < REQUESTS; i++) {
+            int length = random.between(100, 1024);
+            total += length;
+            requests.add(prompt(i, prompts.get(i), length));
+        }
+        report(engine, shape + " nano", requests, total, 4);
+    }
+
+    private static void longOutputs(HybridEngine engine, String shape) {
+        PythonRandom random = new PythonRandom(1);
+        List<Prompt> requests = new ArrayList<>();
+        for (int i = 0; i < REQUESTS; i++) {
+            int[] tokens = new int[1024];
+            for (int t = 0; t < tokens.length; t++) {
+                tokens[t] = random.between(0, 10_000);
+            }
+            requests.add(prompt(i, tokens, 1024));
+        }
+        report(engine, shape + " 256 x 1,024/1,024", requests, REQUESTS * 1024L, 3);
+    }
+
+    private static void report(HybridEngine engine, String name, List<Prompt> requests, long tokens, int runs) {
+        double[] speeds = new double[runs];
+        for (int run = 0; run < runs; run++) {
+            long start = System.nanoTime();
+            run(engine, requests);
+            speeds[run] = tokens / seconds(start);
+        }
+        double[] warm = Arrays.copyOfRange(speeds, 1, runs);
+        Arrays.sort(warm);
+        say("%s: %d tokens, median %.0f tokens/s, runs %s", name, tokens, warm[warm.length / 2], Arrays.toString(speeds));
+    }
+
+    private static void tpot(HybridEngine engine, String shape) {
+        int[] tokens = new int[128];
+        Arrays.setAll(tokens, i -> i);
+        double[] times = new double[3];
+        for (int run = 0; run < times.length; run++) {
+            long start = System.nanoTime();
+            run(engine, List.of(prompt(0, tokens, 1)));
+            double first = seconds(start);
+            start = System.nanoTime();
+            run(engine, List.of(prompt(0, tokens, 513)));
+            times[run] = (seconds(start) - first) / 512 * 1e3;
+        }
+        say("%s: ms a token at batch 1: %s", shape, Arrays.toString(times));
+    }
+
+    private static Prompt prompt(int index, int[] tokens, int length) {
+        return new Prompt(index, "", tokens, SamplingParams.defaults().temperature(0.6).ignoreEos(true).maxTokens(length));
+    }
+
+    private static void run(HybridEngine engine, List<Prompt> prompts) {
+        List<Completion> done = engine.rollout(prompts, completion -> {});
+        for (Completion completion : done) {
+            if (completion.tokens().length != prompts.get(completion.prompt()).params().maxTokens()) {
+                throw new IllegalStateException("prompt " + completion.prompt() + " ended early: " + completion.finish());
+            }
+        }
+        Cuda.synchronize(Device.cuda(0));
+    }
+
+    private static double seconds(long start) {
+        return (System.nanoTime() - start) / 1e9;
+    }
+
+    private static void say(String format, Object... values) {
+        System.out.printf(Locale.ROOT, format + "%n", values);
+    }
+
+    /** The numbers of Python's random module, so that peers written in Python get the very same workload. */
+    private static final class PythonRandom {
+        private final MersenneTwister twister = new MersenneTwister();
+
+        PythonRandom(int seed) {
+            twister.setSeed(new int[] {seed});
+        }
+
+        int between(int low, int high) {
+            int n = high - low + 1;
+            int bits = 32 - Integer.numberOfLeadingZeros(n);
+            int value = twister.nextInt() >>> (32 - bits);
+            while (value >= n) {
+                value = twister.nextInt() >>> (32 - bits);
+            }
+            return low + value;
+        }
+    }
+}

@@ -1,0 +1,54 @@
+package dev.tandem.benchmarks;
+
+import dev.tandem.model.ModelConfig;
+import java.io.IOException;
+import java.io.UncheckedIOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+
+/** The published models whose shapes are measured, with random weights. */
+final class Shapes {
+    private Shapes() {}
+
+    /** {@return the config of a shape, such as qwen3-0.6b; or of the model folder of that name} */
+    static ModelConfig config(String name) {
+        return switch (name) {
+            case "qwen3-0.6b" -> read("""
+                    {"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":1024,"num_hidden_layers":28,
+                     "num_attention_heads":16,"num_key_value_heads":8,"head_dim":128,"intermediate_size":3072,"vocab_size":151936,
+                     "tie_word_embeddings":true,"max_position_embeddings":40960,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+                     "hidden_act":"silu","attention_bias":false}""");
+            case "qwen2.5-0.5b" -> read("""
+                    {"architectures":["Qwen2ForCausalLM"],"model_type":"qwen2","hidden_size":896,"num_hidden_layers":24,
+                     "num_attention_heads":14,"num_key_value_heads":2,"intermediate_size":4864,"vocab_size":151936,
+                     "tie_word_embeddings":true,"max_position_embeddings":32768,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+                     "hidden_act":"silu"}""");
+            case "qwen2.5-1.5b" -> read("""
+                    {"architectures":["Qwen2ForCausalLM"],"model_type":"qwen2","hidden_size":1536,"num_hidden_layers":28,
+                     "num_attention_heads":12,"num_key_value_heads":2,"intermediate_size":8960,"vocab_size":151936,
+                     "tie_word_embeddings":true,"max_position_embeddings":32768,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+                     "hidden_act":"silu"}""");
+            case "qwen3-8b" -> read("""
+                    {"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":4096,"num_hidden_layers":36,
+                     "num_attention_heads":32,"num_key_value_heads":8,"head_dim":128,"intermediate_size":12288,"vocab_size":151936,
+                     "tie_word_embeddings":false,"max_position_embeddings":40960,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+                     "hidden_act":"silu","attention_bias":false}""");
+            default -> ModelConfig.read(Path.of(name));
+        };
+    }
+
+    private static ModelConfig read(String json) {
+        try {
+            Path folder = Files.createTempDirectory("shape");
+            Path file = Files.writeString(folder.resolve("config.json"), json);
+            try {
+                return ModelConfig.read(folder);
+            } finally {
+                Files.delete(file);
+                Files.delete(folder);
+            }
+        } catch (IOException e) {
+            throw new UncheckedIOException(e);
+        }
+    }
+}

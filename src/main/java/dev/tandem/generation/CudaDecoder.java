@@ -1,0 +1,348 @@
+package dev.tandem.generation;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.device.KernelModule;
+import dev.tandem.device.KernelModule.Grid;
+import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.model.Activation;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.model.Norm;
+import dev.tandem.model.ParameterRole;
+import dev.tandem.model.Positions;
+import dev.tandem.model.WeightArena;
+import dev.tandem.model.WeightGroup;
+import java.util.HashMap;
+import java.util.Map;
+import org.jspecify.annotations.Nullable;
+
+/**
+ * The decoder's forward pass on a GPU, from token ids to logits, in Tandem's kernels and libtorch's matrix products. It computes what
+ * {@link dev.tandem.model.Decoder} computes, reads the same weights, and allocates nothing: every buffer is made once and used by all
+ * steps, so that a pass can be captured as a graph.
+ *
+ * <p>Letters: T tokens of the step, E hidden size, H query heads, D head size. Confined to its rank's thread; the owner closes it.
+ */
+final class CudaDecoder implements AutoCloseable {
+    private static final int SPLIT = 256;
+    private static final int WARPS = 4;
+    private static final int TILE_ROWS = 128;
+    private static final int MANY_ROWS = 512;
+
+    private final ModelConfig config;
+    private final WeightArena arena;
+    private final Device device;
+    private final CudaStepInput input;
+    private final long pages;
+
+    private final KernelModule layerKernels;
+    private final KernelModule decodeKernels;
+    private final KernelModule prefillKernels;
+    private final KernelModule stepKernels;
+    private final Kernel resolveTokens;
+    private final Kernel embed;
+    private final Kernel residualNorm;
+    private final Kernel gatherNorm;
+    private final Kernel rotateAndWrite;
+    private final Kernel activate;
+    private final Kernel planDecode;
+    private final Kernel decodeAttention;
+    private final Kernel prefillAttention;
+    private final Grid decodeGrid;
+    private final int prefillShared;
+    private final int maxRows;
+    private final int maxItems;
+
+    private final Tensor residual;
+    private final Tensor normed;
+    private final Tensor qkv;
+    private final Tensor query;
+    private final Tensor attended;
+    private final Tensor projected;
+    private final Tensor widened;
+    private final Tensor activated;
+    private final Tensor hidden;
+    private final Tensor logits;
+    private final @Nullable Tensor cosines;
+    private final @Nullable Tensor sines;
+    private final Tensor work;
+    private final Tensor partials;
+    private final Tensor counters;
+    private final Tensor lastToken;
+
+    /** {@return what of a model these kernels do not compute, or null if they compute all of it} */
+    static @Nullable String obstacle(ModelConfig config, DType dtype, GeneratorOptions options) {
+        int group = config.heads() / config.kvHeads();
+        int page = options.blockSize();
+        if (dtype != DType.BFLOAT16) {
+            return "weights are " + dtype + ", not BFLOAT16";
+        }
+        if (config.headDim() != 64 && config.headDim() != 96 && config.headDim() != 128 && config.headDim() != 256) {
+            return "heads have " + config.headDim() + " channels, not 64, 96, 128 or 256";
+        }
+        if (group > 16) {
+            return group + " query heads share a KV head, more than 16";
+        }
+        if (page < 16 || page > 128 || Integer.bitCount(page) != 1) {
+            return "KV pages have " + page + " tokens, not 16, 32, 64 or 128";
+        }
+        if (!config.normFirst() || !config.finalNorm() || config.embeddingSize() != config.hiddenSize()) {
+            return "norms follow their blocks, or embeddings are projected";
+        }
+        if (config.hiddenSize() % 8 != 0 || config.intermediateSize() % 8 != 0) {
+            return "widths are no multiples of 8";
+        }
+        return null;
+    }
+
+    /** {@return tokens of a tile of the prefill attention} */
+    static int tileQueries(ModelConfig config) {
+        return TILE_ROWS / (config.heads() / config.kvHeads());
+    }
+
+    CudaDecoder(WeightArena arena, KvCache cache, Device device, GeneratorOptions options, CudaStepInput input, Tensor lastToken) {
+        config = arena.layout().config();
+        this.arena = arena;
+        this.device = device;
+        this.input = input;
+        this.lastToken = lastToken;
+        pages = cache.address();
+        maxRows = options.maxRunning();
+        int dim = config.headDim();
+        int heads = config.heads();
+        int kvHeads = config.kvHeads();
+        Map<String, String> macros = new HashMap<>(Map.of(
+                "HEAD_DIM", "" + dim, "HEADS", "" + heads, "KV_HEADS", "" + kvHeads, "BLOCK_SIZE", "" + options.blockSize()));
+        decodeKernels = new KernelModule(device, "decode_attention.cu", macros);
+        prefillKernels = new KernelModule(device, "prefill_attention.cu", macros);
+        macros.putAll(Map.of(
+                "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
+                "POST_NORM", "0",
+                "FINAL_NORM", "1",
+                "GATED", config.gatedMlp() ? "1" : "0",
+                "ACTIVATION", "" + activation(config.activation()),
+                "WRITE_BACK", "0"));
+        layerKernels = new KernelModule(device, "layer.cu", macros);
+        stepKernels = new KernelModule(device, "step.cu", Map.of());
+        resolveTokens = stepKernels.kernel("resolveTokens");
+        embed = layerKernels.kernel("embed");
+        residualNorm = layerKernels.kernel("residualNorm");
+        gatherNorm = layerKernels.kernel("gatherNorm");
+        rotateAndWrite = layerKernels.kernel("rotateAndWrite");
+        activate = layerKernels.kernel("activate");
+        planDecode = decodeKernels.kernel("planDecode");
+
+        int group = heads / kvHeads;
+        int stages = dim <= 64 ? 4 : dim <= 96 ? 3 : 2;
+        int decodeShared = WARPS * stages * 64 * dim + 4 * WARPS * group * (dim + 6)
+                + 4 * 8 * (8 + SPLIT / options.blockSize()) + 16;
+        decodeAttention = decodeKernels.kernel("decodeAttention").sharedMemory(decodeShared);
+        int resident = Math.max(1, decodeAttention.residentBlocks(32 * WARPS, decodeShared));
+        decodeGrid = new Grid(Cuda.multiprocessors(device) * resident, 1, 32 * WARPS, 1, decodeShared);
+        int tileKeys = dim > 128 ? 32 : 64;
+        prefillShared = (TILE_ROWS + 4 * tileKeys) * (dim + 8) * 2;
+        prefillAttention = prefillKernels.kernel("prefillAttention").sharedMemory(prefillShared);
+
+        int tokens = options.tokenBudget();
+        maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), SPLIT));
+        try (Scope scope = Scope.open()) {
+            residual = buffer(tokens, config.hiddenSize());
+            normed = buffer(tokens, config.hiddenSize());
+            qkv = buffer(tokens, (heads + 2L * kvHeads) * dim);
+            query = buffer(tokens, (long) heads * dim);
+            attended = buffer(tokens, (long) heads * dim);
+            projected = buffer(tokens, config.hiddenSize());
+            widened = buffer(tokens, config.intermediateSize() * (config.gatedMlp() ? 2L : 1L));
+            activated = buffer(tokens, config.intermediateSize());
+            hidden = buffer(maxRows, config.hiddenSize());
+            logits = Tensor.zeros(device, DType.FLOAT32, maxRows, rowStride(config)).keep();
+            work = Tensor.zeros(device, DType.INT32, 8L * maxItems + 8).keep();
+            partials = Tensor.empty(device, DType.FLOAT32, (long) maxItems * heads * (dim + 4)).keep();
+            counters = Tensor.zeros(device, DType.INT32, (long) maxRows * kvHeads).keep();
+            Tensor[] tables = config.positions() instanceof Positions.Rope rope ? tables(rope) : null;
+            cosines = tables == null ? null : tables[0].keep();
+            sines = tables == null ? null : tables[1].keep();
+        }
+    }
+
+    private Tensor buffer(long rows, long width) {
+        return Tensor.zeros(device, DType.BFLOAT16, rows, width).keep();
+    }
+
+    /** Elements from one row of logits to the next. */
+    private static long rowStride(ModelConfig config) {
+        return (config.vocabSize() + 7L) / 8 * 8;
+    }
+
+    private Tensor[] tables(Positions.Rope rope) {
+        int half = config.headDim() / 2;
+        double[] frequencies = rope.inverseFrequencies(config.headDim());
+        float[] single = new float[half];
+        for (int i = 0; i < half; i++) {
+            single[i] = (float) frequencies[i];
+        }
+        Tensor angles = Tensor.range(device, config.maxPositions()).to(DType.FLOAT32).unsqueeze(1)
+                .mul(Tensor.of(device, single).unsqueeze(0)).to(DType.FLOAT64);
+        return new Tensor[] {
+            angles.cos().mul(rope.attentionScale()).to(DType.FLOAT32), angles.sin().mul(rope.attentionScale()).to(DType.FLOAT32)
+        };
+    }
+
+    private static int activation(Activation activation) {
+        return switch (activation) {
+            case SILU -> 0;
+            case RELU -> 1;
+            case GELU -> 2;
+            case GELU_TANH -> 3;
+        };
+    }
+
+    /** {@return bytes of all buffers} */
+    long bytes() {
+        long sum = 0;
+        for (Tensor t : new Tensor[] {residual, normed, qkv, query, attended, projected, widened, activated, hidden, logits, work,
+            partials, counters}) {
+            sum += t.elements() * t.dtype().bytes();
+        }
+        return sum + (cosines == null ? 0 : 2 * cosines.elements() * Float.BYTES);
+    }
+
+    /** {@return the address of the logits, FLOAT32 [wanted rows, {@link #logitStride}]} */
+    long logitsAddress() {
+        return logits.address();
+    }
+
+    /** {@return elements from one row of logits to the next} */
+    long logitStride() {
+        return rowStride(config);
+    }
+
+    /**
+     * Computes a step whose input lies on the device.
+     *
+     * @param tokens for how many tokens kernels are launched: at least those of the step
+     * @param decodes whether every row has one token; then row i is token i
+     * @param decodeRows for how many rows the decode attention is launched
+     * @param tiles of the prefill attention
+     * @param wanted rows of logits
+     */
+    void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted) {
+        try (Scope scope = Scope.open()) {
+            long count = input.tokenCountAddress();
+            int width = config.hiddenSize();
+            Grid rows = rowGrid(tokens, width);
+            resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), input.tokensAddress(decodes), lastToken.address(), count);
+            WeightGroup embedding = arena.embedding();
+            int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
+            embed.launch(device, rows, input.tokensAddress(decodes), input.positionsAddress(decodes),
+                    address(embedding.find(ParameterRole.EMBED_TOKENS)), address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset,
+                    residual.address(), width, count);
+            if (decodeRows > 0) {
+                planDecode.launch(device, Grid.of(1, 256), input.rowSlotAddress(), input.rowLengthAddress(),
+                        input.decodeRowsAddress(), maxRows, maxItems, work.address(), workCount());
+            }
+            Tensor in = normed.narrow(0, 0, tokens);
+            Tensor out = projected.narrow(0, 0, tokens);
+            long addend = 0;
+            long addendBias = 0;
+            for (int layer = 0; layer < config.layers(); layer++) {
+                try (Scope inner = Scope.open()) {
+                    WeightGroup w = arena.layer(layer);
+                    norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
+                    qkv.narrow(0, 0, tokens).setLinear(in, w.weight(ParameterRole.Q_WEIGHT));
+                    attend(layer, w, tokens, decodes, decodeRows, tiles);
+                    out.setLinear(attended.narrow(0, 0, tokens), w.weight(ParameterRole.O_WEIGHT));
+                    norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
+                            ParameterRole.MLP_NORM_BIAS);
+                    widen(w, tokens, in);
+                    out.setLinear(activated.narrow(0, 0, tokens), w.weight(ParameterRole.DOWN_WEIGHT));
+                    addend = projected.address();
+                    addendBias = address(w.find(ParameterRole.DOWN_BIAS));
+                }
+            }
+            if (wanted > 0) {
+                WeightGroup head = arena.head();
+                gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
+                        address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
+                        hidden.address(), width, (float) config.normEps(), input.wantedAddress(), input.wantedCountAddress());
+                logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize())
+                        .setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
+            }
+        }
+    }
+
+    private void norm(Grid rows, long addend, long addendBias, WeightGroup w, ParameterRole weight, ParameterRole bias) {
+        residualNorm.launch(device, rows, residual.address(), addend, addendBias, address(w.find(weight)), address(w.find(bias)),
+                normed.address(), config.hiddenSize(), (float) config.normEps(), input.tokenCountAddress());
+    }
+
+    private void attend(int layer, WeightGroup w, int tokens, boolean decodes, int decodeRows, int tiles) {
+        int lanes = config.headDim() == 64 ? 4 : config.headDim() <= 128 ? 8 : 16;
+        int units = (config.heads() + 2 * config.kvHeads() + 1) / 2;
+        float scale = (float) (1 / Math.sqrt(config.headDim()));
+        rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
+                qkv.address(), address(w.find(ParameterRole.Q_BIAS)), address(w.find(ParameterRole.Q_NORM)),
+                address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines),
+                input.positionsAddress(decodes), input.tokenSlotAddress(decodes), input.tablesAddress(), input.tableWidth(), pages,
+                layer, config.layers(), query.address(), input.tokenCountAddress());
+        if (decodeRows > 0) {
+            decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
+                    input.tablesAddress(), input.tableWidth(), work.address(), workCount(), maxItems, partials.address(),
+                    counters.address(), scale);
+        }
+        if (tiles > 0) {
+            prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared), query.address(),
+                    attended.address(), pages, layer, config.layers(), input.tablesAddress(), input.tableWidth(),
+                    input.sequenceSlotAddress(), input.sequenceFirstAddress(), input.sequenceStartAddress(),
+                    input.sequenceTokensAddress(), input.tileSequenceAddress(), input.tileFirstAddress(), scale);
+        }
+    }
+
+    private void widen(WeightGroup w, int tokens, Tensor in) {
+        ParameterRole role = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
+        ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
+        widened.narrow(0, 0, tokens).setLinear(in, w.weight(role));
+        activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
+                widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.tokenCountAddress());
+    }
+
+    private int prefillThreads() {
+        return 2 * TILE_ROWS / (config.headDim() > 128 ? 1 : 2);
+    }
+
+    private long workCount() {
+        return work.address() + 32L * maxItems;
+    }
+
+    /** One row of threads for each row of a matrix; where a warp suffices and there are many, four rows a block. */
+    private static Grid rowGrid(int rows, int width) {
+        int threads = 32 * Math.ceilDiv(width, 1024);
+        int perBlock = threads == 32 && rows >= MANY_ROWS ? 4 : 1;
+        return new Grid(Math.ceilDiv(rows, perBlock), 1, threads, perBlock, 0);
+    }
+
+    private static long address(@Nullable Tensor tensor) {
+        return tensor == null ? 0 : tensor.address();
+    }
+
+    @Override
+    public void close() {
+        for (Tensor t : new Tensor[] {residual, normed, qkv, query, attended, projected, widened, activated, hidden, logits, work,
+            partials, counters}) {
+            t.close();
+        }
+        if (cosines != null) {
+            cosines.close();
+        }
+        if (sines != null) {
+            sines.close();
+        }
+        layerKernels.close();
+        decodeKernels.close();
+        prefillKernels.close();
+        stepKernels.close();
+    }
+}

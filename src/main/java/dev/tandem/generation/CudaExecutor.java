@@ -1,0 +1,203 @@
+package dev.tandem.generation;
+
+import static java.lang.foreign.ValueLayout.JAVA_FLOAT;
+import static java.lang.foreign.ValueLayout.JAVA_INT;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.CudaEvent;
+import dev.tandem.device.CudaGraph;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.device.DeviceMemory;
+import dev.tandem.device.DeviceMemory.Use;
+import dev.tandem.device.Gradients;
+import dev.tandem.device.KernelModule;
+import dev.tandem.device.KernelModule.Grid;
+import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.PinnedMemory;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.model.WeightArena;
+import java.lang.foreign.MemorySegment;
+import java.util.Arrays;
+import java.util.Map;
+import java.util.TreeMap;
+
+/**
+ * Runs steps on a GPU while the host plans the next one.
+ *
+ * <p>One stream carries everything: the copy of a step's input, its kernels, the copy of its results. The host runs one step ahead: it
+ * names a token that it does not know yet by the pair of the step before that samples it, and reads results one step late.
+ *
+ * <p>Decoding steps are launched as CUDA graphs. A graph has a fixed number of rows, so there is one for each of a few sizes (a step takes
+ * the next larger one; padding rows do nothing), captured when its size is met for the second time: the first time the same launches run
+ * one by one, which also lets libtorch allocate what it needs. All graphs share the buffers of {@link CudaDecoder}. Graphs hold
+ * addresses, and those of weights, pages and buffers never change, so graphs survive sleep, wake and optimizer steps. Sampling follows
+ * outside the graph, because which kernels it needs depends on the requests.
+ */
+final class CudaExecutor implements StepExecutor {
+    private static final int DEPTH = 2;
+    private static final int TILE = 512;
+
+    /** Blocks that keep a GPU busy while it reads logits. */
+    private static final int SAMPLING_BLOCKS = 1056;
+
+    private final Device device;
+    private final DeviceMemory memory;
+    private final KvCache cache;
+    private final ModelConfig config;
+    private final CudaStepInput input;
+    private final CudaDecoder decoder;
+    private final int maxRows;
+    private final long bytes;
+
+    private final KernelModule samplingKernels;
+    private final Kernel markSeen;
+    private final Kernel samplePartial;
+    private final Kernel samplePartialEdited;
+    private final Kernel sampleTruncated;
+    private final Kernel sampleFinish;
+    private final Tensor scaledSums;
+    private final Tensor rawSums;
+    private final Tensor best;
+    private final Tensor results;
+    private final Tensor lastToken;
+    private Tensor seen;
+
+    private final Map<Integer, CudaGraph> graphs = new TreeMap<>();
+    private final Map<Integer, Boolean> warm = new TreeMap<>();
+    private final PinnedMemory[] resultHalves = new PinnedMemory[DEPTH];
+    private final CudaEvent[] done = new CudaEvent[DEPTH];
+    private int begun;
+    private int ended;
+    private boolean penalises;
+
+    CudaExecutor(WeightArena arena, KvCache cache, DeviceMemory memory, GeneratorOptions options) {
+        this.memory = memory;
+        this.cache = cache;
+        device = memory.device();
+        config = arena.layout().config();
+        maxRows = options.maxRunning();
+        int tiles = Math.ceilDiv(config.vocabSize(), TILE);
+        samplingKernels = new KernelModule(device, "sampling.cu", Map.of("MAX_MASKED", "" + CudaStepInput.MAX_MASKED));
+        markSeen = samplingKernels.kernel("markSeen");
+        samplePartial = samplingKernels.kernel("samplePartial");
+        samplePartialEdited = samplingKernels.kernel("samplePartialEdited");
+        sampleTruncated = samplingKernels.kernel("sampleTruncated");
+        sampleFinish = samplingKernels.kernel("sampleFinish");
+        int tableWidth = Math.ceilDiv(config.maxPositions(), options.blockSize()) + 1;
+        try (Scope scope = Scope.open()) {
+            scaledSums = floats(2L * maxRows * tiles);
+            rawSums = floats(2L * maxRows * tiles);
+            best = floats(2L * (SAMPLING_BLOCKS + maxRows));
+            results = Tensor.zeros(device, DType.INT32, 2L * maxRows).keep();
+            lastToken = Tensor.zeros(device, DType.INT32, maxRows).keep();
+            seen = Tensor.zeros(device, DType.INT32, 1).keep();
+        }
+        input = new CudaStepInput(device, options, tableWidth, CudaDecoder.tileQueries(config), DEPTH);
+        decoder = new CudaDecoder(arena, cache, device, options, input, lastToken);
+        for (int i = 0; i < DEPTH; i++) {
+            resultHalves[i] = new PinnedMemory(device, 8L * maxRows);
+            done[i] = new CudaEvent(device, false);
+        }
+        bytes = decoder.bytes() + input.bytes() + 4 * (scaledSums.elements() + rawSums.elements() + best.elements());
+        memory.add(Use.WORKSPACE, bytes);
+    }
+
+    private Tensor floats(long count) {
+        return Tensor.empty(device, DType.FLOAT32, count).keep();
+    }
+
+    /** A repetition penalty needs to know all tokens before, so such steps are planned when their tokens are known. */
+    @Override
+    public int depth() {
+        return penalises ? 1 : DEPTH;
+    }
+
+    @Override
+    public void begin(StepPlan plan, RequestTable requests, long seed) {
+        try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
+            cache.copy(plan.copySource, plan.copyTarget, plan.copyCount);
+            input.fill(plan, requests, seed);
+            if (input.decodesOnly()) {
+                decode();
+            } else {
+                decoder.forward(input.tokenCount(), false, input.decodeRows(), input.tiles(), input.wantedCount());
+            }
+            if (plan.sampleCount > 0) {
+                sample(plan, requests);
+            }
+            int half = begun++ % DEPTH;
+            resultHalves[half].copyFrom(device, results.address(), 8L * maxRows);
+            done[half].record();
+        }
+    }
+
+    private void decode() {
+        int size = size(input.rows());
+        CudaGraph graph = graphs.get(size);
+        if (graph == null && warm.put(size, true) != null) {
+            graph = CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size));
+            graphs.put(size, graph);
+        }
+        if (graph != null) {
+            graph.launch(device);
+        } else {
+            decoder.forward(size, true, size, 0, size);
+        }
+    }
+
+    /** The number of rows of the graph that serves a step: a power of two up to 8, then multiples of 8. */
+    private int size(int rows) {
+        int size = rows <= 8 ? Integer.highestOneBit(2 * rows - 1) : (rows + 7) / 8 * 8;
+        return Math.min(size, maxRows);
+    }
+
+    private void sample(StepPlan plan, RequestTable requests) {
+        int pairs = plan.sampleCount;
+        int slices = Math.clamp(SAMPLING_BLOCKS / pairs, 1, Math.ceilDiv(Math.ceilDiv(config.vocabSize(), TILE), 4));
+        penalises = input.penalises();
+        if (penalises) {
+            mark(plan, requests);
+        }
+        Kernel partial = input.edits() ? samplePartialEdited : samplePartial;
+        partial.launch(device, new Grid(pairs, slices, 128, 1, 0), input.pairsAddress(), input.pairCountAddress(),
+                decoder.logitsAddress(), decoder.logitStride(), config.vocabSize(), seen.address(), input.maskedAddress(),
+                scaledSums.address(), rawSums.address(), best.address());
+    }
+
+    private void mark(StepPlan plan, RequestTable requests) {
+        throw new UnsupportedOperationException();
+    }
+
+    @Override
+    public void end(int count, int[] tokens, float[] logprobs) {
+        int half = ended++ % DEPTH;
+        done[half].await();
+        MemorySegment found = resultHalves[half].segment();
+        MemorySegment.copy(found, JAVA_INT, 0, tokens, 0, count);
+        MemorySegment.copy(found, JAVA_FLOAT, 4L * maxRows, logprobs, 0, count);
+    }
+
+    @Override
+    public void abandon() {
+        Cuda.synchronize(device);
+        ended = begun;
+    }
+
+    @Override
+    public void close() {
+        Cuda.synchronize(device);
+        graphs.values().forEach(CudaGraph::close);
+        decoder.close();
+        input.close();
+        samplingKernels.close();
+        Arrays.stream(resultHalves).forEach(PinnedMemory::close);
+        Arrays.stream(done).forEach(CudaEvent::close);
+        for (Tensor t : new Tensor[] {scaledSums, rawSums, best, results, lastToken, seen}) {
+            t.close();
+        }
+        memory.add(Use.WORKSPACE, -bytes);
+    }
+}
