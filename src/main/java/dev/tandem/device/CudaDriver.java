@@ -271,10 +271,11 @@ final class CudaDriver {
         }
     }
 
-    /** Lets a kernel's blocks have that much dynamic shared memory. */
+    /** Lets a kernel's blocks have that much dynamic shared memory, and gives it all that the L1 cache can spare. */
     static void allowSharedMemory(long function, int bytes) {
         try {
             check("cuFuncSetAttribute", (int) SET_ATTRIBUTE.invokeExact(function, 8, bytes));
+            check("cuFuncSetAttribute", (int) SET_ATTRIBUTE.invokeExact(function, 9, 100));
         } catch (Throwable e) {
             throw rethrown(e);
         }

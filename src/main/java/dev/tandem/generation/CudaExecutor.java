@@ -162,13 +162,49 @@ final class CudaExecutor implements StepExecutor {
             mark(plan, requests);
         }
         Kernel partial = input.edits() ? samplePartialEdited : samplePartial;
+        int vocabulary = config.vocabSize();
+        long tokens = results.address();
+        long logprobs = results.address() + 4L * maxRows;
         partial.launch(device, new Grid(pairs, slices, 128, 1, 0), input.pairsAddress(), input.pairCountAddress(),
-                decoder.logitsAddress(), decoder.logitStride(), config.vocabSize(), seen.address(), input.maskedAddress(),
+                decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.maskedAddress(),
                 scaledSums.address(), rawSums.address(), best.address());
+        if (input.truncates()) {
+            sampleTruncated.launch(device, Grid.of(pairs, 512), input.pairsAddress(), input.pairCountAddress(),
+                    decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.maskedAddress(),
+                    scaledSums.address(), rawSums.address(), tokens, logprobs, lastToken.address());
+        }
+        sampleFinish.launch(device, Grid.of(pairs, 128), input.pairsAddress(), input.pairCountAddress(), decoder.logitsAddress(),
+                decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(), best.address(), slices,
+                tokens, logprobs, lastToken.address());
     }
 
+    /** Sets the bits of every token that a sample with a repetition penalty has seen; its slot is the pair's number. */
     private void mark(StepPlan plan, RequestTable requests) {
-        throw new UnsupportedOperationException();
+        int words = Math.ceilDiv(config.vocabSize(), Integer.SIZE);
+        if (seen.elements() == 1) {
+            seen.close();
+            seen = Tensor.zeros(device, DType.INT32, (long) maxRows * words).keep();
+            memory.add(Use.WORKSPACE, seen.elements() * Integer.BYTES);
+        }
+        int pairs = plan.sampleCount;
+        int[] starts = new int[pairs + 1];
+        for (int i = 0; i < pairs; i++) {
+            boolean marked = requests.params[plan.sampleSlot[i]].repetitionPenalty() != 1;
+            starts[i + 1] = starts[i] + (marked ? requests.tokenCount[plan.sampleSlot[i]] : 0);
+        }
+        // One vector: the number of pairs, their slots, where their tokens begin and end, the tokens.
+        Tensor host = Tensor.empty(Device.cpu(), DType.INT32, 1 + pairs + pairs + 1 + starts[pairs]);
+        MemorySegment list = host.memory();
+        list.setAtIndex(JAVA_INT, 0, pairs);
+        for (int i = 0; i < pairs; i++) {
+            list.setAtIndex(JAVA_INT, 1 + i, i);
+            int count = starts[i + 1] - starts[i];
+            MemorySegment.copy(requests.tokens[plan.sampleSlot[i]], 0, list, JAVA_INT, 4L * (2 + 2 * pairs + starts[i]), count);
+        }
+        MemorySegment.copy(starts, 0, list, JAVA_INT, 4L * (1 + pairs), pairs + 1);
+        Tensor marks = host.on(device);
+        markSeen.launch(device, Grid.of(pairs, 256), seen.address(), config.vocabSize(), marks.address() + 4,
+                marks.address() + 4L * (1 + pairs), marks.address() + 4L * (2 + 2 * pairs), marks.address());
     }
 
     @Override
@@ -198,6 +234,6 @@ final class CudaExecutor implements StepExecutor {
         for (Tensor t : new Tensor[] {scaledSums, rawSums, best, results, lastToken, seen}) {
             t.close();
         }
-        memory.add(Use.WORKSPACE, -bytes);
+        memory.add(Use.WORKSPACE, -memory.held(Use.WORKSPACE));
     }
 }

@@ -346,6 +346,11 @@ public final class Generator implements AutoCloseable {
         return computedTokens;
     }
 
+    /** {@return whether steps run in Tandem's own kernels, and not in libtorch's operations} */
+    public boolean runsKernels() {
+        return executor instanceof CudaExecutor;
+    }
+
     /** {@return how often a sample lost its KV pages to others} */
     public long preemptions() {
         return scheduler.preemptionCount();

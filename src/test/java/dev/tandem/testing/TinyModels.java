@@ -1,6 +1,7 @@
 package dev.tandem.testing;
 
 import com.google.gson.JsonObject;
+import com.google.gson.JsonParser;
 import dev.tandem.model.ModelConfig;
 import java.io.IOException;
 import java.io.UncheckedIOException;
@@ -43,6 +44,11 @@ public final class TinyModels {
     /** A Llama with two layers of width 16, 64 tokens and a context of 128, which ends with token 2. */
     public static ModelConfig llama() {
         return ModelConfig.llama(64, 16, 2, 4, 2, 24, 128).withSpecialTokens(1, java.util.List.of(2), 0);
+    }
+
+    /** The config that a config.json describes. */
+    public static ModelConfig of(String json) {
+        return read(JsonParser.parseString(json).getAsJsonObject());
     }
 
     private static ModelConfig read(JsonObject json) {
