@@ -53,7 +53,7 @@
 #define RESIDENT_BLOCKS (HEAD_DIM <= 128 ? 3 : 1)  // per multiprocessor, as far as registers are concerned
 #endif
 #ifndef EVICT_FIRST
-#define EVICT_FIRST 1  // keys and values leave the L2 cache before queries, partials and weights do
+#define EVICT_FIRST 0  // keys and values leave the L2 cache before queries, partials and weights do
 #endif
 #ifndef PLAN_THREADS
 #define PLAN_THREADS 256

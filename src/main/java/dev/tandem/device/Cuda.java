@@ -67,7 +67,15 @@ public final class Cuda {
             return "the CUDA libraries of libtorch could not be loaded (" + e.getMessage() + "): put CUDA 13 with cuBLAS, cuDNN, "
                     + "cuSPARSE, cuSOLVER, NCCL and NVRTC on LD_LIBRARY_PATH, or org.bytedeco:cuda-redist on the class path";
         }
-        return torch_cuda.device_count() == 0 ? "the driver sees no device: is it hidden by CUDA_VISIBLE_DEVICES?" : null;
+        if (torch_cuda.device_count() == 0) {
+            return "the driver sees no device: is it hidden by CUDA_VISIBLE_DEVICES?";
+        }
+        try (Scope scope = Scope.open()) {
+            // Sums of products stay in float32 until they are complete, on both sides of the engine.
+            torch.globalContext().lazyInitCUDA();
+            torch.globalContext().setAllowBF16ReductionCuBLAS(false);
+        }
+        return null;
     }
 
     /** Makes a device and a stream of its own current on the calling thread, for libtorch and for the driver's calls. */

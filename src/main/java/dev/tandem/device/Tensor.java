@@ -636,6 +636,16 @@ public final class Tensor implements AutoCloseable {
     }
 
     /**
+     * {@return this [n, k] times the transpose of {@code weight} [m, k], in FLOAT32} On a GPU the products of BFLOAT16 factors are not
+     * rounded in between; on the CPU they are.
+     */
+    public Tensor linearInFloat(Tensor weight) {
+        return t.is_cuda() && dtype() == DType.BFLOAT16
+                ? new Tensor(checked(() -> torch.mm(t, weight.t.t(), ScalarType.Float)))
+                : linear(weight, null).to(DType.FLOAT32);
+    }
+
+    /**
      * Writes the product of {@code x} [.., k] and the transpose of {@code weight} [n, k] into this tensor, and allocates nothing. A
      * FLOAT32 result of BFLOAT16 factors is not rounded in between (on a GPU).
      */

@@ -135,7 +135,7 @@ final class LaneExecutor implements StepExecutor {
         }
 
         private void sample(Tensor hidden, StepPlan plan, RequestTable requests, long seed) {
-            Tensor logits = hidden.linear(arena.logitMatrix(), null).to(DType.FLOAT32);
+            Tensor logits = hidden.linearInFloat(arena.logitMatrix());
             double[] logSums = logits.logSumExp(-1).toDoubles();
             MemorySegment rows = logits.on(Device.cpu()).memory();
             for (int i = 0; i < plan.sampleCount; i++) {

@@ -43,6 +43,13 @@ public final class Tokenizer implements AutoCloseable {
     }
 
     private final Path folder;
+    static {
+        // On a machine with a GPU the library would else download another build of itself, which tokenizes no faster.
+        if (System.getProperty("RUST_FLAVOR") == null) {
+            System.setProperty("RUST_FLAVOR", "cpu");
+        }
+    }
+
     private final HuggingFaceTokenizer tokenizer;
     private final Vocabulary vocabulary;
     private final TokenizerSettings settings;

@@ -123,7 +123,7 @@ final class LogprobHead {
     }
 
     private Tensor logits(int start, int rows) {
-        Tensor z = hidden.narrow(0, start, rows).linear(matrix, null).to(DType.FLOAT32);
+        Tensor z = hidden.narrow(0, start, rows).linearInFloat(matrix);
         return temperature == 1 ? z : z.mulInPlace(1 / temperature);
     }
 }
