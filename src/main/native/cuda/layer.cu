@@ -313,7 +313,7 @@ DEVICE float activation(float x) {
         case 0: return __fdividef(x, 1.0f + __expf(-x));
         case 1: return fmaxf(x, 0.0f);
         case 2: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-        default: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+        default: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * (x * x * x))));
     }
 }
 

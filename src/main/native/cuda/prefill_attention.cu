@@ -1,30 +1,32 @@
 // Causal attention of prompts, fresh, chunked or behind cached prefixes, over the pages of the KV cache.
 //
-// The algorithm is FlashAttention-2 (Dao 2023): a CTA holds a tile of query rows, walks over the keys in tiles, and keeps for each
-// row the running maximum, the sum of exponentials and the output, which it rescales when the maximum grows (online softmax,
-// Milakov and Gimelshein 2018; in base 2). Matrix products are mma.m16n8k16 with float32 accumulators. What is particular here:
+// The algorithm is FlashAttention-2 (Dao 2023): a CTA holds a tile of query rows, walks over the keys in tiles, and keeps for
+// each row the running maximum, the sum of exponentials and the output, which it rescales when the maximum grows (online
+// softmax, Milakov and Gimelshein 2018; in base 2). Matrix products are mma.m16n8k16 with float32 accumulators. What is
+// particular here:
 //
-//   Grouped queries. The GROUP query heads of a KV head share a tile: row r is query r / GROUP, head r % GROUP. Keys and values are
-//   read once for the group, short prompts fill the tile, and less of a tile lies beyond the diagonal.
-//   Pages. Key tiles begin at multiples of TILE_KEYS from position 0, so a tile is whole pages or lies within one. Block numbers
-//   are read one tile before they are needed. Two stages of keys and values; one barrier for each tile.
-//   Keys from the first to the last, never the other way round: a row's arithmetic then depends on its position alone. Tiles beyond
-//   the row multiply by 1 and add 0. Hence the result of a token is the same bit for bit however its prompt was cut into chunks,
-//   whether its prefix came from the cache, and whatever else is in the batch.
-//   Nothing at or beyond the last position of the tile's queries is read, zeros stand in for it: unwritten parts of pages may hold
-//   NaNs, and block table entries there may be anything.
+//   Grouped queries. The GROUP query heads of a KV head share a tile: row r is query r / GROUP, head r % GROUP. Keys and values
+//   are read once for the group, short prompts fill the tile, and less of a tile lies beyond the diagonal.
+//   Pages. Key tiles begin at multiples of TILE_KEYS from position 0, so a tile is whole pages or lies within one. Block
+//   numbers are read one tile before they are needed. Two stages of keys and values; one barrier for each tile.
+//   Keys from the first to the last, never the other way round: a row's arithmetic then depends on its position alone. Tiles
+//   beyond the row multiply by 1 and add 0. Hence the result of a token is the same bit for bit however its prompt was cut into
+//   chunks, whether its prefix came from the cache, and whatever else is in the batch.
+//   Nothing at or beyond the last position of the tile's queries is read, zeros stand in for it: unwritten parts of pages may
+//   hold NaNs, and block table entries there may be anything.
 //
-// Shared memory: queries [TILE_ROWS], then twice keys [TILE_KEYS], twice values [TILE_KEYS], each row HEAD_DIM + 8 elements. The
-// padding makes the stride an odd number of 16-byte words, which frees ldmatrix and the copies of bank conflicts as an exclusive-or
-// of the addresses would, for every HEAD_DIM and with constant offsets.
+// Shared memory: queries [TILE_ROWS], then twice keys [TILE_KEYS], twice values [TILE_KEYS], each row HEAD_DIM + 8 elements.
+// The padding makes the stride an odd number of 16-byte words, which frees ldmatrix and the copies of bank conflicts as an
+// exclusive-or of the addresses would, for every HEAD_DIM and with constant offsets.
 //
-// Launch: grid (KV_HEADS, tiles), block 2 * TILE_ROWS / ROW_TILES threads, dynamic shared memory
-// (TILE_ROWS + 4 * TILE_KEYS) * (HEAD_DIM + 8) * 2 bytes. Heads come first so that the order of the list is the order of execution:
-// the host puts the tiles with most keys first. A sequence of n new tokens has ceil(n / TILE_QUERIES) tiles of TILE_QUERIES =
-// floor(TILE_ROWS / GROUP) queries. A tile of sequence -1 is padding.
+// Launch: grid (KV_HEADS, tiles), block 2 * TILE_ROWS / ROW_TILES threads, dynamic shared memory (TILE_ROWS + 4 * TILE_KEYS) *
+// (HEAD_DIM + 8) * 2 bytes. Heads come first so that the order of the list is the order of execution: the host puts the tiles
+// with most keys first. A sequence of n new tokens has ceil(n / TILE_QUERIES) tiles of TILE_QUERIES = floor(TILE_ROWS / GROUP)
+// queries. A tile of sequence -1 is padding.
 //
-// Macros: HEAD_DIM (64, 96, 128, 256), HEADS, KV_HEADS, BLOCK_SIZE (a power of two, at least 16); TILE_ROWS, TILE_KEYS, ROW_TILES
-// (16-row tiles of a warp: with two, each fragment of keys and values is used twice) and RESIDENT (CTAs on a multiprocessor).
+// Macros: HEAD_DIM (64, 96, 128, 256), HEADS, KV_HEADS, BLOCK_SIZE (a power of two, at least 16); TILE_ROWS, TILE_KEYS,
+// ROW_TILES (16-row tiles of a warp: with two, each fragment of keys and values is used twice) and RESIDENT (CTAs on a
+// multiprocessor).
 
 #include "common.cuh"
 
@@ -81,8 +83,8 @@ DEVICE int readPage(const int* table, int key, int limit) {
     return table[min(key + (int) threadIdx.x / 32 * WARP_KEYS, limit - 1) / BLOCK_SIZE];
 }
 
-// Starts the copy of a tile of keys and of values; `count` keys are left for this thread, zeros stand for the others. keys and from
-// are the places of this thread's first key in shared memory and, but for the page's place, in the cache.
+// Starts the copy of a tile of keys and of values: those that this thread copies begin at `from` in the cache and go to `keys`
+// and beyond in shared memory. Zeros take the place of all but the first `count` rows.
 DEVICE void copyTile(u32 keys, const bf16* from, int count) {
     UNROLL for (int row = 0; row < WARP_KEYS; row += COPY_ROWS) {
         copyAsync16(keys + 2 * row * STRIDE, from + row * HEAD_DIM, row < count);
@@ -90,10 +92,10 @@ DEVICE void copyTile(u32 keys, const bf16* from, int count) {
     }
 }
 
-// query, out [tokens][HEADS][HEAD_DIM]; kv [block][layer][K, V][KV_HEADS][BLOCK_SIZE][HEAD_DIM], into which the new keys and values
-// have been written already; blockTable [slots][maxBlocksPerSlot]. Of sequence s: sequenceSlot its row of the block table,
-// sequenceFirst its first new token in query, sequenceStart that token's position, sequenceTokens the number of new tokens. Of tile
-// t: tileSequence its sequence, tileFirst its first query, counted from the first new token.
+// query, out [tokens][HEADS][HEAD_DIM]; kv [block][layer][K, V][KV_HEADS][BLOCK_SIZE][HEAD_DIM], into which the new keys and
+// values have been written already; blockTable [slots][maxBlocksPerSlot]. Of sequence s: sequenceSlot its row of the block
+// table, sequenceFirst its first new token in query, sequenceStart that token's position, sequenceTokens the number of new
+// tokens. Of tile t: tileSequence its sequence, tileFirst its first query, counted from the first new token.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         prefillAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers, const int* blockTable,
                          int maxBlocksPerSlot, const int* sequenceSlot, const int* sequenceFirst, const int* sequenceStart,
