@@ -72,7 +72,7 @@ public final class Cuda {
         }
         try (Scope scope = Scope.open()) {
             // Sums of products stay in float32 until they are complete, on both sides of the engine.
-            torch.globalContext().lazyInitCUDA();
+            torch.globalContext().lazyInitDevice(torch.DeviceType.CUDA);
             torch.globalContext().setAllowBF16ReductionCuBLAS(false);
         }
         return null;

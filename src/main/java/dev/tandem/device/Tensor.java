@@ -501,12 +501,9 @@ public final class Tensor implements AutoCloseable {
         return this;
     }
 
-    /** Fills with normally distributed values of this mean and standard deviation, the same on every device. */
+    /** Fills with normally distributed values of this mean and standard deviation. CPU and CUDA draw different ones. */
     public Tensor normalInPlace(double mean, double deviation, RandomStream random) {
-        if (t.is_cuda()) {
-            return copyInPlace(empty(Device.cpu(), dtype(), shape()).normalInPlace(mean, deviation, random));
-        }
-        try (GeneratorOptional source = new GeneratorOptional(random.generator())) {
+        try (GeneratorOptional source = t.is_cuda() ? random.onCuda() : new GeneratorOptional(random.generator())) {
             t.normal_(mean, deviation, source);
         }
         return this;
@@ -515,16 +512,28 @@ public final class Tensor implements AutoCloseable {
     /** A seeded stream of native random numbers. */
     public static final class RandomStream implements AutoCloseable {
         private final Generator generator;
+        private final long seed;
+        private boolean seeded;
 
         /** @param seed the same seed gives the same numbers with the same libtorch */
         public RandomStream(long seed) {
             Natives.load();
             generator = torch.make_generator_cpu(seed);
             generator.retainReference();
+            this.seed = seed;
         }
 
         Generator generator() {
             return generator;
+        }
+
+        /** libtorch's own generator of the device, seeded when it is first used. */
+        GeneratorOptional onCuda() {
+            if (!seeded) {
+                seeded = true;
+                torch.manual_seed(seed);
+            }
+            return new GeneratorOptional();
         }
 
         @Override

@@ -27,7 +27,7 @@ import org.jspecify.annotations.Nullable;
  * <p>Letters: T tokens of the step, E hidden size, H query heads, D head size. Confined to its rank's thread; the owner closes it.
  */
 final class CudaDecoder implements AutoCloseable {
-    private static final int SPLIT = 256;
+    private static final int SPLIT = Integer.getInteger("dev.tandem.split", 1024);
     private static final int WARPS = 4;
     private static final int TILE_ROWS = 128;
     private static final int MANY_ROWS = 512;
@@ -116,8 +116,9 @@ final class CudaDecoder implements AutoCloseable {
         int kvHeads = config.kvHeads();
         Map<String, String> macros = new HashMap<>(Map.of(
                 "HEAD_DIM", "" + dim, "HEADS", "" + heads, "KV_HEADS", "" + kvHeads, "BLOCK_SIZE", "" + options.blockSize()));
-        decodeKernels = new KernelModule(device, "decode_attention.cu", macros);
         prefillKernels = new KernelModule(device, "prefill_attention.cu", macros);
+        macros.put("SPLIT", "" + SPLIT);
+        decodeKernels = new KernelModule(device, "decode_attention.cu", macros);
         macros.putAll(Map.of(
                 "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
                 "POST_NORM", "0",

@@ -47,6 +47,11 @@ public final class Generator implements AutoCloseable {
     private long weightVersion;
     private long generatedTokens;
     private long computedTokens;
+    private long steps;
+    private long planNanos;
+    private long beginNanos;
+    private long waitNanos;
+    private long acceptNanos;
 
     /** What is known of a sample beside the scheduler's table. */
     private final class Output {
@@ -252,13 +257,18 @@ public final class Generator implements AutoCloseable {
     public void step(Consumer<Completion> finished) {
         cache.requireAwake();
         try {
-            while (running < executor.depth() && scheduler.schedule(plans[(oldest + running) % plans.length])) {
+            while (running < executor.depth() && schedule()) {
                 StepPlan plan = plans[(oldest + running++) % plans.length];
                 computedTokens += plan.totalTokens;
+                long start = System.nanoTime();
                 executor.begin(plan, scheduler.requests(), seed);
+                beginNanos += System.nanoTime() - start;
             }
             if (running > 0) {
+                long start = System.nanoTime();
                 executor.end(plans[oldest].sampleCount, sampled, sampledLogprobs);
+                waitNanos += System.nanoTime() - start;
+                steps++;
             }
         } catch (RuntimeException | Error e) {
             abandon();
@@ -268,14 +278,23 @@ public final class Generator implements AutoCloseable {
             StepPlan plan = plans[oldest];
             oldest = (oldest + 1) % plans.length;
             running--;
+            long start = System.nanoTime();
             scheduler.complete(plan, sampled);
             accept(plan);
+            acceptNanos += System.nanoTime() - start;
         }
         for (int slot = scheduler.pollFinished(); slot != RequestTable.NONE; slot = scheduler.pollFinished()) {
             Completion completion = completion(slot);
             scheduler.release(slot);
             finished.accept(completion);
         }
+    }
+
+    private boolean schedule() {
+        long start = System.nanoTime();
+        boolean some = scheduler.schedule(plans[(oldest + running) % plans.length]);
+        planNanos += System.nanoTime() - start;
+        return some;
     }
 
     /** After a failure: no step runs any more, and what they computed is not used. */
@@ -349,6 +368,28 @@ public final class Generator implements AutoCloseable {
     /** {@return whether steps run in Tandem's own kernels, and not in libtorch's operations} */
     public boolean runsKernels() {
         return executor instanceof CudaExecutor;
+    }
+
+    /**
+     * Where this rank's thread spent its time in steps, since the generator was made.
+     *
+     * @param steps that have ended
+     * @param plan seconds in the scheduler
+     * @param begin seconds laying out and launching; on the CPU also computing
+     * @param waiting seconds waiting for the device's results
+     * @param accept seconds taking tokens in
+     */
+    public record StepTimes(long steps, double plan, double begin, double waiting, double accept) {
+        /** {@return what was spent since {@code earlier}} */
+        public StepTimes since(StepTimes earlier) {
+            return new StepTimes(steps - earlier.steps, plan - earlier.plan, begin - earlier.begin, waiting - earlier.waiting,
+                    accept - earlier.accept);
+        }
+    }
+
+    /** {@return where time went} */
+    public StepTimes times() {
+        return new StepTimes(steps, planNanos / 1e9, beginNanos / 1e9, waitNanos / 1e9, acceptNanos / 1e9);
     }
 
     /** {@return how often a sample lost its KV pages to others} */

@@ -22,6 +22,8 @@ import org.apache.commons.math3.random.MersenneTwister;
  * GpuGeneration SHAPE nano     256 requests, prompts and outputs uniform 100–1,024 tokens, temperature 0.6: output tokens/s
  * GpuGeneration SHAPE tpot     milliseconds a token at batch 1
  * GpuGeneration SHAPE long     256 requests of 1,024 tokens in and 1,024 out: output tokens/s
+ * GpuGeneration SHAPE step     a decoding step at short contexts, where attention costs nothing: what everything else costs
+ * GpuGeneration SHAPE profile1, profile256   a few such steps, to run under a profiler
  * GpuGeneration SHAPE switch   sleep and wake with 8, 32, 64 GiB of KV
  * </pre>
  */
@@ -45,6 +47,9 @@ final class GpuGeneration {
                     case "nano" -> nano(engine, shape);
                     case "tpot" -> tpot(engine, shape);
                     case "long" -> longOutputs(engine, shape);
+                    case "step" -> step(engine, shape);
+                    case "profile1" -> run(engine, shortRequests(1, 12));
+                    case "profile256" -> run(engine, shortRequests(REQUESTS, 12));
                     default -> throw new IllegalArgumentException("unknown workload " + workload);
                 }
             }
@@ -110,6 +115,29 @@ final class GpuGeneration {
             times[run] = (seconds(start) - first) / 512 * 1e3;
         }
         say("%s: ms a token at batch 1: %s", shape, Arrays.toString(times));
+    }
+
+    private static List<Prompt> shortRequests(int rows, int tokens) {
+        List<Prompt> requests = new ArrayList<>();
+        for (int i = 0; i < rows; i++) {
+            requests.add(prompt(i, new int[] {1 + i, 2, 3}, tokens));
+        }
+        return requests;
+    }
+
+    private static void step(HybridEngine engine, String shape) {
+        for (int rows : new int[] {1, 8, 64, 256}) {
+            List<Prompt> requests = shortRequests(rows, 200);
+            run(engine, requests);
+            var before = engine.onEachRank(rank -> rank.generator().times()).getFirst();
+            long start = System.nanoTime();
+            run(engine, requests);
+            double whole = seconds(start);
+            var times = engine.onEachRank(rank -> rank.generator().times()).getFirst().since(before);
+            double each = 1e6 / times.steps();
+            say("%s step of %d rows: %.1f µs; host: plan %.1f, begin %.1f, wait %.1f, accept %.1f µs", shape, rows, whole * each,
+                    times.plan() * each, times.begin() * each, times.waiting() * each, times.accept() * each);
+        }
     }
 
     private static Prompt prompt(int index, int[] tokens, int length) {
