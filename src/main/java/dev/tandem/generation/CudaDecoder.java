@@ -1,5 +1,6 @@
 package dev.tandem.generation;
 
+import dev.tandem.device.CublasLt;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
@@ -27,7 +28,6 @@ import org.jspecify.annotations.Nullable;
  * <p>Letters: T tokens of the step, E hidden size, H query heads, D head size. Confined to its rank's thread; the owner closes it.
  */
 final class CudaDecoder implements AutoCloseable {
-    private static final int SPLIT = Integer.getInteger("dev.tandem.split", 1024);
     private static final int WARPS = 4;
     private static final int TILE_ROWS = 128;
     private static final int MANY_ROWS = 512;
@@ -55,6 +55,23 @@ final class CudaDecoder implements AutoCloseable {
     private final int prefillShared;
     private final int maxRows;
     private final int maxItems;
+    /** Tokens that one block attends to; longer rows are cut. Shorter pieces answer sooner at batch 1 and cost more at batch 256. */
+    private final int split;
+
+    private final CublasLt products;
+    /** The products of a decoding step, by its number of rows. */
+    private final Map<Integer, Products> tuned = new HashMap<>();
+
+    private record Products(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
+            CublasLt.Product head) {
+        void close() {
+            qkv.close();
+            output.close();
+            widen.close();
+            narrow.close();
+            head.close();
+        }
+    }
 
     private final Tensor residual;
     private final Tensor normed;
@@ -117,7 +134,8 @@ final class CudaDecoder implements AutoCloseable {
         Map<String, String> macros = new HashMap<>(Map.of(
                 "HEAD_DIM", "" + dim, "HEADS", "" + heads, "KV_HEADS", "" + kvHeads, "BLOCK_SIZE", "" + options.blockSize()));
         prefillKernels = new KernelModule(device, "prefill_attention.cu", macros);
-        macros.put("SPLIT", "" + SPLIT);
+        split = kvHeads <= 2 ? 2048 : 1024;
+        macros.put("SPLIT", "" + split);
         decodeKernels = new KernelModule(device, "decode_attention.cu", macros);
         macros.putAll(Map.of(
                 "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
@@ -139,7 +157,7 @@ final class CudaDecoder implements AutoCloseable {
         int group = heads / kvHeads;
         int stages = dim <= 64 ? 4 : dim <= 96 ? 3 : 2;
         int decodeShared = WARPS * stages * 64 * dim + 4 * WARPS * group * (dim + 6)
-                + 4 * 8 * (8 + SPLIT / options.blockSize()) + 16;
+                + 4 * 8 * (8 + split / options.blockSize()) + 16;
         decodeAttention = decodeKernels.kernel("decodeAttention").sharedMemory(decodeShared);
         int resident = Math.max(1, decodeAttention.residentBlocks(32 * WARPS, decodeShared));
         decodeGrid = new Grid(Cuda.multiprocessors(device) * resident, 1, 32 * WARPS, 1, decodeShared);
@@ -147,8 +165,9 @@ final class CudaDecoder implements AutoCloseable {
         prefillShared = (TILE_ROWS + 4 * tileKeys) * (dim + 8) * 2;
         prefillAttention = prefillKernels.kernel("prefillAttention").sharedMemory(prefillShared);
 
+        products = new CublasLt(device);
         int tokens = options.tokenBudget();
-        maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), SPLIT));
+        maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), split));
         try (Scope scope = Scope.open()) {
             residual = buffer(tokens, config.hiddenSize());
             normed = buffer(tokens, config.hiddenSize());
@@ -221,6 +240,41 @@ final class CudaDecoder implements AutoCloseable {
         return rowStride(config);
     }
 
+    /** Chooses how a decoding step of that many rows multiplies. Buffers are overwritten. */
+    void tune(int rows) {
+        if (tuned.containsKey(rows)) {
+            return;
+        }
+        int all = (config.heads() + 2 * config.kvHeads()) * config.headDim();
+        int attention = config.heads() * config.headDim();
+        ParameterRole up = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
+        int wide = config.intermediateSize() * (config.gatedMlp() ? 2 : 1);
+        tuned.put(rows, new Products(
+                tune(rows, all, config.hiddenSize(), normed, ParameterRole.Q_WEIGHT, qkv),
+                tune(rows, config.hiddenSize(), attention, attended, ParameterRole.O_WEIGHT, projected),
+                tune(rows, wide, config.hiddenSize(), normed, up, widened),
+                tune(rows, config.hiddenSize(), config.intermediateSize(), activated, ParameterRole.DOWN_WEIGHT, projected),
+                products.tune(rows, config.vocabSize(), config.hiddenSize(), hidden.address(),
+                        new long[] {arena.logitMatrix().address()}, logits.address(), rowStride(config), DType.FLOAT32)));
+    }
+
+    private CublasLt.Product tune(int rows, int n, int k, Tensor x, ParameterRole role, Tensor out) {
+        long[] weights = new long[config.layers()];
+        for (int layer = 0; layer < weights.length; layer++) {
+            weights[layer] = arena.layer(layer).weight(role).address();
+        }
+        return products.tune(rows, n, k, x.address(), weights, out.address(), n, DType.BFLOAT16);
+    }
+
+    /** {@code out} = {@code x} times the transpose of a weight, the first {@code rows} rows. */
+    private static void multiply(CublasLt.@Nullable Product product, Tensor x, Tensor weight, Tensor out, int rows) {
+        if (product == null) {
+            out.narrow(0, 0, rows).setLinear(x.narrow(0, 0, rows), weight);
+        } else {
+            product.run(x.address(), weight.address(), out.address());
+        }
+    }
+
     /**
      * Computes a step whose input lies on the device.
      *
@@ -245,21 +299,20 @@ final class CudaDecoder implements AutoCloseable {
                 planDecode.launch(device, Grid.of(1, 256), input.rowSlotAddress(), input.rowLengthAddress(),
                         input.decodeRowsAddress(), maxRows, maxItems, work.address(), workCount());
             }
-            Tensor in = normed.narrow(0, 0, tokens);
-            Tensor out = projected.narrow(0, 0, tokens);
+            Products by = decodes ? tuned.get(tokens) : null;
             long addend = 0;
             long addendBias = 0;
             for (int layer = 0; layer < config.layers(); layer++) {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
                     norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-                    qkv.narrow(0, 0, tokens).setLinear(in, w.weight(ParameterRole.Q_WEIGHT));
+                    multiply(by == null ? null : by.qkv, normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens);
                     attend(layer, w, tokens, decodes, decodeRows, tiles);
-                    out.setLinear(attended.narrow(0, 0, tokens), w.weight(ParameterRole.O_WEIGHT));
+                    multiply(by == null ? null : by.output, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
                     norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                             ParameterRole.MLP_NORM_BIAS);
-                    widen(w, tokens, in);
-                    out.setLinear(activated.narrow(0, 0, tokens), w.weight(ParameterRole.DOWN_WEIGHT));
+                    widen(w, tokens, by);
+                    multiply(by == null ? null : by.narrow, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
                     addend = projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
@@ -269,8 +322,12 @@ final class CudaDecoder implements AutoCloseable {
                 gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                         address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                         hidden.address(), width, (float) config.normEps(), input.wantedAddress(), input.wantedCountAddress());
-                logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize())
-                        .setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
+                if (by != null && wanted == tokens) {
+                    by.head.run(hidden.address(), arena.logitMatrix().address(), logits.address());
+                } else {
+                    logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize())
+                            .setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
+                }
             }
         }
     }
@@ -302,10 +359,10 @@ final class CudaDecoder implements AutoCloseable {
         }
     }
 
-    private void widen(WeightGroup w, int tokens, Tensor in) {
+    private void widen(WeightGroup w, int tokens, @Nullable Products by) {
         ParameterRole role = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
         ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
-        widened.narrow(0, 0, tokens).setLinear(in, w.weight(role));
+        multiply(by == null ? null : by.widen, normed, w.weight(role), widened, tokens);
         activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
                 widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.tokenCountAddress());
     }
@@ -341,6 +398,8 @@ final class CudaDecoder implements AutoCloseable {
         if (sines != null) {
             sines.close();
         }
+        tuned.values().forEach(Products::close);
+        products.close();
         layerKernels.close();
         decodeKernels.close();
         prefillKernels.close();

@@ -144,6 +144,7 @@ final class CudaExecutor implements StepExecutor {
         if (graph != null) {
             graph.launch(device);
         } else {
+            decoder.tune(size);
             decoder.forward(size, true, size, 0, size);
         }
     }
