@@ -23,6 +23,18 @@ DEVICE bf16 toBf16(float x) { return (bf16) packBf16(x, 0.0f); }
 // The value that x has after a round trip through bfloat16: what libtorch sees between two of its operations.
 DEVICE float roundBf16(float x) { return lowFloat(packBf16(x, 0.0f)); }
 
+// ---- launches ahead of time (sm_90) -----------------------------------------------------------------------------------------
+
+// First thing in every kernel. A kernel may be launched while the one before it in the stream still runs (programmatic dependent
+// launch), which hides most of a launch's latency; here it waits until that one is complete and its writes are visible, and lets the
+// next one be launched in turn. Because every kernel does this before anything else, order is kept along the whole stream.
+DEVICE void followPredecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- warps: all 32 lanes take part -----------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ DEVICE int sumBefore(int value, int* warpTotals, int& total) {
 // the same. Each thread keeps a run of consecutive rows. A list of more than maxItems is dropped as a whole.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
 planDecode(const int* rowSlot, const int* rowLength, const int* rowCount, int maxRows, int maxItems, int4* work, int* workCount) {
+    followPredecessor();
     constexpr int CLASSES = 17;
     __shared__ int positions[CLASSES * PLAN_THREADS];  // [class][thread]: counts, then where the thread's next item goes
     __shared__ int warpTotals[PLAN_THREADS / 32];
@@ -273,6 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 decodeAttention(const bf16* __restrict__ query, bf16* __restrict__ out, const bf16* __restrict__ kv, int layer, int layers,
                 const int* __restrict__ blockTable, int maxBlocksPerSlot, const int* __restrict__ work,
                 const int* __restrict__ workCount, int maxItems, float* partials, int* counters, float scale) {
+    followPredecessor();
     extern __shared__ __align__(128) unsigned char sharedMemory[];
     float* outputs = (float*) (sharedMemory + WARPS * STAGES * STAGE_BYTES);  // [warp][head][PADDED_DIM]
     float2* statistics = (float2*) (outputs + WARPS * GROUP * PADDED_DIM);    // [warp][head]: maximum, sum

@@ -74,6 +74,7 @@ DEVICE void add(float (&x)[8], uint4 vector) {
 // holds the embeddings (they went through a projection) and only positions are added.
 extern "C" __global__ void embed(const int* tokens, const int* positions, const bf16* table, const bf16* positionTable,
                                  int positionOffset, bf16* out, int width, const int* tokenCount) {
+    followPredecessor();
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= *tokenCount) {
         return;
@@ -173,6 +174,7 @@ DEVICE void addAndNormalise(const bf16* residual, const bf16* addend, const bf16
 // POST_NORM: residual becomes the norm, too, and out may be null. out may be addend.
 extern "C" __global__ void residualNorm(bf16* residual, const bf16* addend, const bf16* addendBias, const bf16* weight,
                                         const bf16* bias, bf16* out, int width, float epsilon, const int* tokenCount) {
+    followPredecessor();
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= *tokenCount) {
         return;
@@ -187,6 +189,7 @@ extern "C" __global__ void residualNorm(bf16* residual, const bf16* addend, cons
 extern "C" __global__ void gatherNorm(const bf16* residual, const bf16* addend, const bf16* addendBias, const bf16* weight,
                                       const bf16* bias, bf16* out, int width, float epsilon, const int* rowIndex,
                                       const int* rowCount) {
+    followPredecessor();
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     int source = row < *rowCount ? rowIndex[row] : -1;
     if (source < 0) {
@@ -237,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(256)
                        const float* cosine, const float* sine, const int* positions, const int* tokenSlot,
                        const int* blockTable, int maxBlocksPerSlot, bf16* kv, int layer, int layers, bf16* query,
                        const int* tokenCount) {
+    followPredecessor();
     u32 group = (blockIdx.x * 256 + threadIdx.x) / LANES;
     int token = group / UNITS, unit = group % UNITS;
     int element = 8 * (threadIdx.x % LANES);
@@ -321,6 +325,7 @@ DEVICE float activation(float x) {
 // as long as a row of in. The matrix is taken as one line of vectors, two for each thread, whatever its shape.
 extern "C" __global__ void __launch_bounds__(256)
         activate(const bf16* in, const bf16* bias, bf16* out, int width, const int* tokenCount) {
+    followPredecessor();
     u32 perRow = width / 8;
     u32 first = blockIdx.x * 512 + threadIdx.x;
     u32 end = *tokenCount * perRow;

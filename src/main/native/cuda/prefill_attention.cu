@@ -100,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         prefillAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers, const int* blockTable,
                          int maxBlocksPerSlot, const int* sequenceSlot, const int* sequenceFirst, const int* sequenceStart,
                          const int* sequenceTokens, const int* tileSequence, const int* tileFirst, float scale) {
+    followPredecessor();
     extern __shared__ __align__(16) bf16 shared[];
     __shared__ int positions[TILE_ROWS];  // of rows, -1 beyond the last; registers are scarce
     int sequence = tileSequence[blockIdx.y];

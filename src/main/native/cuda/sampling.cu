@@ -456,12 +456,14 @@ DEVICE void partial(const Pair* pairs, const int* pairCount, const Logit* logits
 extern "C" __global__ void __launch_bounds__(PARTIAL_THREADS, 8) samplePartial(
         const Pair* pairs, const int* pairCount, const Logit* logits, long long rowStride, int vocabulary, const u32* seen,
         const int* masked, float2* scaledSums, float2* rawSums, float2* best) {
+    followPredecessor();
     partial<false>(pairs, pairCount, logits, rowStride, vocabulary, seen, masked, scaledSums, rawSums, best);
 }
 
 extern "C" __global__ void __launch_bounds__(PARTIAL_THREADS, 6) samplePartialEdited(
         const Pair* pairs, const int* pairCount, const Logit* logits, long long rowStride, int vocabulary, const u32* seen,
         const int* masked, float2* scaledSums, float2* rawSums, float2* best) {
+    followPredecessor();
     partial<true>(pairs, pairCount, logits, rowStride, vocabulary, seen, masked, scaledSums, rawSums, best);
 }
 
@@ -532,6 +534,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS) sampleFinish(
         const Pair* pairs, const int* pairCount, const Logit* logits, long long rowStride, int vocabulary, u32* seen,
         const float2* scaledSums, const float2* rawSums, const float2* best, int slices, int* tokens, float* logprobs,
         int* lastToken) {
+    followPredecessor();
     __shared__ float2 shared[FINISH_THREADS / 32];
     const int index = blockIdx.x, tiles = tileCount(vocabulary);
     const Pair pair = loadPair(pairs + index);
@@ -561,6 +564,7 @@ extern "C" __global__ void __launch_bounds__(FINISH_THREADS) sampleFinish(
 // Request i's tokens so far are tokens[starts[i]] ... tokens[starts[i + 1] - 1]; what its slot held before is forgotten.
 extern "C" __global__ void __launch_bounds__(256) markSeen(u32* seen, int vocabulary, const int* slots, const int* starts,
                                                            const int* tokens, const int* count) {
+    followPredecessor();
     const int words = (vocabulary + 31) / 32;
     if (blockIdx.x >= *count || slots[blockIdx.x] < 0) {
         return;
@@ -818,6 +822,7 @@ DEVICE int cutByMass(Workspace& work, int count, float need) {
 extern "C" __global__ void __launch_bounds__(TRUNCATED_THREADS, 2) sampleTruncated(
         const Pair* pairs, const int* pairCount, const Logit* logits, long long rowStride, int vocabulary, u32* seen,
         const int* masked, const float2* scaledSums, const float2* rawSums, int* tokens, float* logprobs, int* lastToken) {
+    followPredecessor();
     __shared__ Workspace work;
     const Pair& pair = work.pair;
     const Range& range = work.range;

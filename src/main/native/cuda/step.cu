@@ -7,6 +7,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) resolveTokens(int* tokens, const int* lastToken, const int* tokenCount) {
+    followPredecessor();
     int i = blockIdx.x * 256 + threadIdx.x;
     if (i < *tokenCount && tokens[i] < 0) {
         tokens[i] = lastToken[-1 - tokens[i]];

@@ -11,9 +11,12 @@ import java.lang.foreign.Linker;
 import java.lang.foreign.MemoryLayout;
 import java.lang.foreign.MemorySegment;
 import java.lang.foreign.SymbolLookup;
+import java.lang.foreign.ValueLayout;
 import java.lang.invoke.MethodHandle;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Map;
+import java.util.concurrent.ConcurrentHashMap;
 
 /**
  * Matrix products on a GPU with an algorithm that was chosen by timing.
@@ -61,6 +64,9 @@ public final class CublasLt implements AutoCloseable {
             JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_INT, ADDRESS, ADDRESS);
     private static final MethodHandle MATMUL = function("cublasLtMatmul", JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG,
             JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG, JAVA_LONG);
+
+    /** What has been chosen in this process. */
+    private static final Map<Key, byte[]> CHOSEN = new ConcurrentHashMap<>();
 
     private final Device device;
     private final Arena arena = Arena.ofShared();
@@ -196,9 +202,18 @@ public final class CublasLt implements AutoCloseable {
      */
     public Product tune(int m, int n, int k, long x, long[] weights, long out, long outStride, DType outType) {
         Product product = new Product(m, n, k, outStride, outType);
-        product.tune(x, weights, out);
+        Key key = new Key(device, m, n, k, outStride, outType);
+        byte[] known = CHOSEN.get(key);
+        if (known == null) {
+            product.tune(x, weights, out);
+            CHOSEN.put(key, product.chosen.toArray(ValueLayout.JAVA_BYTE));
+        } else {
+            product.chosen = arena.allocateFrom(ValueLayout.JAVA_BYTE, known);
+        }
         return product;
     }
+
+    private record Key(Device device, int m, int n, int k, long outStride, DType outType) {}
 
     private long layout(int type, long rows, long columns, long stride) {
         return create("cublasLtMatrixLayoutCreate", out -> (int) LAYOUT_CREATE.invokeExact(out, type, rows, columns, stride));

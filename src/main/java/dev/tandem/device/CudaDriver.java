@@ -60,8 +60,7 @@ final class CudaDriver {
     private static final MethodHandle SET_ATTRIBUTE = function("cuFuncSetAttribute", JAVA_LONG, JAVA_INT, JAVA_INT);
     private static final MethodHandle OCCUPANCY =
             function("cuOccupancyMaxActiveBlocksPerMultiprocessor", ADDRESS, JAVA_LONG, JAVA_INT, JAVA_LONG);
-    private static final MethodHandle LAUNCH = function("cuLaunchKernel", JAVA_LONG, JAVA_INT, JAVA_INT, JAVA_INT, JAVA_INT,
-            JAVA_INT, JAVA_INT, JAVA_INT, JAVA_LONG, ADDRESS, ADDRESS);
+    private static final MethodHandle LAUNCH = function("cuLaunchKernelEx", ADDRESS, JAVA_LONG, ADDRESS, ADDRESS);
 
     private static final MethodHandle BEGIN_CAPTURE = function("cuStreamBeginCapture_v2", JAVA_LONG, JAVA_INT);
     private static final MethodHandle END_CAPTURE = function("cuStreamEndCapture", JAVA_LONG, ADDRESS);
@@ -293,12 +292,36 @@ final class CudaDriver {
         }
     }
 
-    /** @param arguments an array of the addresses of the kernel's arguments */
-    static void launch(long function, int gridX, int gridY, int blockX, int blockY, int sharedBytes, long stream,
+    private static final long CONFIG_BYTES = 56;
+    private static final long ATTRIBUTE_BYTES = 72;
+    private static final int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
+    /**
+     * Launches a kernel.
+     *
+     * @param early whether it may be launched while the one before still runs: it must wait for that one itself
+     * @param arguments an array of the addresses of the kernel's arguments
+     */
+    static void launch(long function, int gridX, int gridY, int blockX, int blockY, int sharedBytes, long stream, boolean early,
             MemorySegment arguments) {
-        try {
-            check("cuLaunchKernel", (int) LAUNCH.invokeExact(
-                    function, gridX, gridY, 1, blockX, blockY, 1, sharedBytes, stream, arguments, MemorySegment.NULL));
+        try (Arena arena = Arena.ofConfined()) {
+            MemorySegment config = arena.allocate(CONFIG_BYTES, 8);
+            config.set(JAVA_INT, 0, gridX);
+            config.set(JAVA_INT, 4, gridY);
+            config.set(JAVA_INT, 8, 1);
+            config.set(JAVA_INT, 12, blockX);
+            config.set(JAVA_INT, 16, blockY);
+            config.set(JAVA_INT, 20, 1);
+            config.set(JAVA_INT, 24, sharedBytes);
+            config.set(JAVA_LONG, 32, stream);
+            if (early) {
+                MemorySegment attribute = arena.allocate(ATTRIBUTE_BYTES, 8);
+                attribute.set(JAVA_INT, 0, PROGRAMMATIC_STREAM_SERIALIZATION);
+                attribute.set(JAVA_INT, 8, 1);
+                config.set(ADDRESS, 40, attribute);
+                config.set(JAVA_INT, 48, 1);
+            }
+            check("cuLaunchKernelEx", (int) LAUNCH.invokeExact(config, function, arguments, MemorySegment.NULL));
         } catch (Throwable e) {
             throw rethrown(e);
         }

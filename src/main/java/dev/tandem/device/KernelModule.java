@@ -13,6 +13,9 @@ public final class KernelModule implements AutoCloseable {
     private static @org.jspecify.annotations.Nullable Nvrtc compiler;
 
     private final long module;
+    /** From Hopper on, kernels wait for their predecessor themselves: see followPredecessor in common.cuh. */
+    private final boolean early;
+
     private boolean closed;
 
     /**
@@ -23,6 +26,8 @@ public final class KernelModule implements AutoCloseable {
      */
     public KernelModule(Device device, String source, Map<String, String> macros) {
         Cuda.use(device);
+        early = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) >= 9
+                && Boolean.parseBoolean(System.getProperty("dev.tandem.dependentLaunch", "true"));
         byte[] code;
         synchronized (LOCK) {
             if (compiler == null) {
@@ -44,7 +49,7 @@ public final class KernelModule implements AutoCloseable {
 
     /** {@return a kernel by its name, valid until this module is closed} */
     public Kernel kernel(String name) {
-        return new Kernel(CudaDriver.function(module, name), name);
+        return new Kernel(CudaDriver.function(module, name), name, early);
     }
 
     /**
@@ -67,10 +72,12 @@ public final class KernelModule implements AutoCloseable {
     public static final class Kernel {
         private final long function;
         private final String name;
+        private final boolean early;
 
-        private Kernel(long function, String name) {
+        private Kernel(long function, String name, boolean early) {
             this.function = function;
             this.name = name;
+            this.early = early;
         }
 
         /** Lets each block have that many bytes of dynamic shared memory. */
@@ -106,7 +113,8 @@ public final class KernelModule implements AutoCloseable {
                     }
                     addresses.setAtIndex(ValueLayout.JAVA_LONG, i, values.address() + at);
                 }
-                CudaDriver.launch(function, grid.x, grid.y, grid.threads, grid.rows, grid.sharedBytes, Cuda.stream(device), addresses);
+                CudaDriver.launch(function, grid.x, grid.y, grid.threads, grid.rows, grid.sharedBytes, Cuda.stream(device), early,
+                        addresses);
             }
         }
 
