@@ -12,6 +12,7 @@ import java.util.HexFormat;
 import java.util.List;
 import java.util.Map;
 import java.util.TreeMap;
+import java.util.regex.Pattern;
 
 /**
  * A .cu file of Tandem's, specialised by macros.
@@ -25,7 +26,7 @@ import java.util.TreeMap;
  */
 record KernelSource(String name, Map<String, String> macros) {
     private static final System.Logger LOG = System.getLogger(KernelSource.class.getName());
-    private static final String COMMON = "common.cuh";
+    private static final Pattern INCLUDE = Pattern.compile("(?m)^#include \"([^\"]+)\"");
 
     KernelSource {
         macros = Map.copyOf(macros);
@@ -54,15 +55,16 @@ record KernelSource(String name, Map<String, String> macros) {
      */
     byte[] compile(Nvrtc compiler, String architecture) {
         String text = text();
-        String common = resource(COMMON);
+        Map<String, String> headers = new TreeMap<>();
+        include(text, headers);
         List<String> options = new TreeMap<>(macros).entrySet().stream().map(e -> "-D" + e.getKey() + "=" + e.getValue()).toList();
-        Path file = cache().resolve(hash(text, common, architecture, compiler.version(), options.toString()) + ".cubin");
+        Path file = cache().resolve(hash(text, headers.toString(), architecture, compiler.version(), options.toString()) + ".cubin");
         try {
             return Files.readAllBytes(file);
         } catch (IOException e) {
             LOG.log(System.Logger.Level.DEBUG, "compiling {0} {1} for {2}", name, options, architecture);
         }
-        byte[] code = compiler.compile(name, text, Map.of(COMMON, common), architecture, options);
+        byte[] code = compiler.compile(name, text, headers, architecture, options);
         try {
             Files.createDirectories(file.getParent());
             Path part = Files.createTempFile(file.getParent(), "kernel", ".part");
@@ -72,6 +74,16 @@ record KernelSource(String name, Map<String, String> macros) {
             LOG.log(System.Logger.Level.DEBUG, "compiled kernels cannot be kept in {0}: {1}", file.getParent(), e.getMessage());
         }
         return code;
+    }
+
+    /** Collects the headers that a text includes, and those that they include. */
+    private static void include(String text, Map<String, String> headers) {
+        INCLUDE.matcher(text).results().map(found -> found.group(1)).forEach(header -> {
+            if (!headers.containsKey(header)) {
+                headers.put(header, resource(header));
+                include(headers.get(header), headers);
+            }
+        });
     }
 
     private static Path cache() {

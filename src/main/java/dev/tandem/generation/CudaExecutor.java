@@ -53,6 +53,7 @@ final class CudaExecutor implements StepExecutor {
     private final long bytes;
 
     private final KernelModule samplingKernels;
+    private final KernelModule truncationKernels;
     private final Kernel markSeen;
     private final Kernel samplePartial;
     private final Kernel samplePartialEdited;
@@ -80,11 +81,13 @@ final class CudaExecutor implements StepExecutor {
         config = arena.layout().config();
         maxRows = options.maxRunning();
         int tiles = Math.ceilDiv(config.vocabSize(), TILE);
-        samplingKernels = new KernelModule(device, "sampling.cu", Map.of("MAX_MASKED", "" + CudaStepInput.MAX_MASKED));
+        Map<String, String> macros = Map.of("MAX_MASKED", "" + CudaStepInput.MAX_MASKED);
+        samplingKernels = new KernelModule(device, "sampling.cu", macros);
+        truncationKernels = new KernelModule(device, "truncation.cu", macros);
         markSeen = samplingKernels.kernel("markSeen");
         samplePartial = samplingKernels.kernel("samplePartial");
         samplePartialEdited = samplingKernels.kernel("samplePartialEdited");
-        sampleTruncated = samplingKernels.kernel("sampleTruncated");
+        sampleTruncated = truncationKernels.kernel("sampleTruncated");
         sampleFinish = samplingKernels.kernel("sampleFinish");
         int tableWidth = Math.ceilDiv(config.maxPositions(), options.blockSize()) + 1;
         try (Scope scope = Scope.open()) {
@@ -230,6 +233,7 @@ final class CudaExecutor implements StepExecutor {
         decoder.close();
         input.close();
         samplingKernels.close();
+        truncationKernels.close();
         Arrays.stream(resultHalves).forEach(PinnedMemory::close);
         Arrays.stream(done).forEach(CudaEvent::close);
         for (Tensor t : new Tensor[] {scaledSums, rawSums, best, results, lastToken, seen}) {

@@ -52,6 +52,7 @@ class KernelSourceTest {
             all.add(new KernelSource("layer.cu", macros));
         }
         all.add(new KernelSource("sampling.cu", Map.of()));
+        all.add(new KernelSource("truncation.cu", Map.of()));
         all.add(new KernelSource("step.cu", Map.of()));
         return all.stream();
     }
