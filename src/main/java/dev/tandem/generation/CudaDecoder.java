@@ -62,6 +62,8 @@ final class CudaDecoder implements AutoCloseable {
     /** The products of a decoding step, by its number of rows. */
     private final Map<Integer, Products> tuned = new HashMap<>();
 
+    private final Map<Integer, FewRows> few = new HashMap<>();
+
     private record Products(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
             CublasLt.Product head) {
         void close() {
@@ -242,7 +244,10 @@ final class CudaDecoder implements AutoCloseable {
 
     /** Chooses how a decoding step of that many rows multiplies. Buffers are overwritten. */
     void tune(int rows) {
-        if (tuned.containsKey(rows)) {
+        if (rows <= FewRows.MOST) {
+            few.computeIfAbsent(rows, r -> new FewRows(device, r));
+        }
+        if (rows <= FewRows.MOST || tuned.containsKey(rows)) {
             return;
         }
         int all = (config.heads() + 2 * config.kvHeads()) * config.headDim();
@@ -267,8 +272,11 @@ final class CudaDecoder implements AutoCloseable {
     }
 
     /** {@code out} = {@code x} times the transpose of a weight, the first {@code rows} rows. */
-    private static void multiply(CublasLt.@Nullable Product product, Tensor x, Tensor weight, Tensor out, int rows) {
-        if (product == null) {
+    private void multiply(CublasLt.@Nullable Product product, Tensor x, Tensor weight, Tensor out, int rows, boolean decodes) {
+        FewRows kernels = decodes ? few.get(rows) : null;
+        if (kernels != null) {
+            kernels.multiply(x.address(), weight.address(), out.address(), (int) weight.size(1), (int) weight.size(0));
+        } else if (product == null) {
             out.narrow(0, 0, rows).setLinear(x.narrow(0, 0, rows), weight);
         } else {
             product.run(x.address(), weight.address(), out.address());
@@ -306,13 +314,13 @@ final class CudaDecoder implements AutoCloseable {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
                     norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-                    multiply(by == null ? null : by.qkv, normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens);
+                    multiply(by == null ? null : by.qkv, normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens, decodes);
                     attend(layer, w, tokens, decodes, decodeRows, tiles);
-                    multiply(by == null ? null : by.output, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
+                    multiply(by == null ? null : by.output, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens, decodes);
                     norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                             ParameterRole.MLP_NORM_BIAS);
-                    widen(w, tokens, by);
-                    multiply(by == null ? null : by.narrow, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
+                    widen(w, tokens, by, decodes);
+                    multiply(by == null ? null : by.narrow, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens, decodes);
                     addend = projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
@@ -322,7 +330,11 @@ final class CudaDecoder implements AutoCloseable {
                 gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                         address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                         hidden.address(), width, (float) config.normEps(), input.wantedAddress(), input.wantedCountAddress());
-                if (by != null && wanted == tokens) {
+                FewRows kernels = decodes ? few.get(wanted) : null;
+                if (kernels != null) {
+                    kernels.multiplyToFloat(hidden.address(), arena.logitMatrix().address(), logits.address(), config.hiddenSize(),
+                            config.vocabSize(), rowStride(config));
+                } else if (by != null && wanted == tokens) {
                     by.head.run(hidden.address(), arena.logitMatrix().address(), logits.address());
                 } else {
                     logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize())
@@ -359,10 +371,16 @@ final class CudaDecoder implements AutoCloseable {
         }
     }
 
-    private void widen(WeightGroup w, int tokens, @Nullable Products by) {
+    private void widen(WeightGroup w, int tokens, @Nullable Products by, boolean decodes) {
         ParameterRole role = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
         ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
-        multiply(by == null ? null : by.widen, normed, w.weight(role), widened, tokens);
+        FewRows kernels = decodes ? few.get(tokens) : null;
+        if (kernels != null && config.gatedMlp() && config.activation() == Activation.SILU && w.find(bias) == null) {
+            kernels.multiplyGated(normed.address(), w.weight(role).address(), activated.address(), config.hiddenSize(),
+                    config.intermediateSize());
+            return;
+        }
+        multiply(by == null ? null : by.widen, normed, w.weight(role), widened, tokens, decodes);
         activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
                 widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.tokenCountAddress());
     }
@@ -399,6 +417,7 @@ final class CudaDecoder implements AutoCloseable {
             sines.close();
         }
         tuned.values().forEach(Products::close);
+        few.values().forEach(FewRows::close);
         products.close();
         layerKernels.close();
         decodeKernels.close();

@@ -1,0 +1,70 @@
+package dev.tandem.generation;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.Device;
+import dev.tandem.device.KernelModule;
+import dev.tandem.device.KernelModule.Grid;
+import dev.tandem.device.KernelModule.Kernel;
+import java.util.Map;
+
+/**
+ * Products of one, two or four rows with a weight matrix on a GPU: {@code few_rows.cu}, which reads the weights once at the memory's
+ * speed where cuBLAS takes up to four times as long. The owner closes it.
+ */
+final class FewRows implements AutoCloseable {
+    /** More rows go to cuBLAS. */
+    static final int MOST = 4;
+
+    /** Elements of a weight row that a warp takes in a step; half as many where it takes two rows. */
+    private static final int STEP = 256;
+
+    private static final int MOST_WARPS = 12;
+    private static final int RESIDENT_WARPS = 24;
+    private static final int TILE_ROWS = 8;
+
+    private final Device device;
+    private final int multiprocessors;
+    private final KernelModule module;
+    private final Kernel multiply;
+    private final Kernel multiplyToFloat;
+    private final Kernel multiplyGated;
+
+    /** @param rows 1, 2 or 4 */
+    FewRows(Device device, int rows) {
+        this.device = device;
+        multiprocessors = Cuda.multiprocessors(device);
+        module = new KernelModule(device, "few_rows.cu", Map.of("ROWS", "" + rows, "DEPENDENT_LAUNCH", "1"));
+        multiply = module.kernel("multiply");
+        multiplyToFloat = module.kernel("multiplyToFloat");
+        multiplyGated = module.kernel("multiplyGated");
+    }
+
+    /** out [rows, n] = x [rows, k] times the transpose of weight [n, k], all bfloat16 at these addresses. */
+    void multiply(long x, long weight, long out, int k, int n) {
+        multiply.launch(device, grid(k, n, STEP), x, weight, out, k, n, n);
+    }
+
+    /** As {@link #multiply}, to float32. */
+    void multiplyToFloat(long x, long weight, long out, int k, int n, long outStride) {
+        multiplyToFloat.launch(device, grid(k, n, STEP), x, weight, out, k, n, outStride);
+    }
+
+    /** out [rows, n] = silu(gate) · up, where weight [2 n, k] holds the gate's rows and then those of up. */
+    void multiplyGated(long x, long weight, long out, int k, int n) {
+        multiplyGated.launch(device, grid(k, n, STEP / 2), x, weight, out, k, n);
+    }
+
+    /** The warps of a block share k; as many blocks as are resident share n evenly. */
+    private Grid grid(int k, int n, int step) {
+        int steps = Math.ceilDiv(k, step);
+        int warps = Math.ceilDiv(steps, Math.ceilDiv(steps, MOST_WARPS));
+        int tiles = Math.ceilDiv(n, TILE_ROWS);
+        int resident = multiprocessors * (RESIDENT_WARPS / warps);
+        return Grid.of(Math.ceilDiv(tiles, Math.ceilDiv(tiles, resident)), 32 * warps);
+    }
+
+    @Override
+    public void close() {
+        module.close();
+    }
+}
