@@ -36,14 +36,23 @@ public record EngineOptions(List<Device> devices, DType dtype, long memoryLimit,
         }
     }
 
+    /** Tokens of a micro-batch, and bytes of activations and of logits, that keep a GPU busy. */
+    private static final int GPU_MICRO_BATCH_TOKENS = 8192;
+
+    private static final long GPU_ACTIVATIONS = 8L << 30;
+    private static final long GPU_LOGITS = 1L << 30;
+
     /**
-     * {@return one rank on {@link Device#best}, FLOAT32 weights on the CPU and BFLOAT16 on a GPU, sizes from the plan, 10 minutes'
-     * patience}
+     * {@return one rank on {@link Device#best}, with sizes that suit it: on the CPU FLOAT32 weights, on a GPU BFLOAT16; sizes of caches
+     * from the plan, 10 minutes' patience}
      */
     public static EngineOptions defaults() {
         Device device = Device.best();
         return new EngineOptions(List.of(device), device.isCpu() ? DType.FLOAT32 : DType.BFLOAT16, 0, 0, 0, Duration.ofMinutes(10),
-                GeneratorOptions.defaults(), TrainerOptions.defaults());
+                device.isCpu() ? GeneratorOptions.defaults() : GeneratorOptions.forGpu(),
+                device.isCpu()
+                        ? TrainerOptions.defaults()
+                        : TrainerOptions.defaults().microBatchTokens(GPU_MICRO_BATCH_TOKENS).memory(GPU_ACTIVATIONS, GPU_LOGITS));
     }
 
     /** {@return these options on other devices} */

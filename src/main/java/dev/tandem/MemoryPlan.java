@@ -49,7 +49,7 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         Map<Use, Long> generation = new EnumMap<>(Use.class);
         generation.put(Use.WEIGHTS, layout.length() * options.dtype().bytes());
         generation.put(Use.OPTIMIZER, trains ? needs.optimizer() : 0);
-        generation.put(Use.WORKSPACE, workspace(config, options));
+        generation.put(Use.WORKSPACE, Generator.workspaceBytes(config, options.devices().getFirst(), options.dtype(), options.generation()));
         long blockBytes = Generator.blockBytes(config, options.dtype(), options.generation());
         long room = limit - total(generation);
         long wanted = Math.min(shared ? DEFAULT_KV_BYTES : Long.MAX_VALUE, useful(config, options, blockBytes));
@@ -75,13 +75,6 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
     private static long useful(ModelConfig config, EngineOptions options, long blockBytes) {
         long tokens = 2L * options.generation().maxRunning() * config.maxPositions();
         return (tokens / options.generation().blockSize() + 2) * blockBytes;
-    }
-
-    /** Hidden states of a step and their widest products, and logits of all samples. */
-    private static long workspace(ModelConfig config, EngineOptions options) {
-        long width = 4L * config.hiddenSize() + 3L * config.intermediateSize();
-        return options.generation().tokenBudget() * width * options.dtype().bytes()
-                + 2L * Float.BYTES * options.generation().maxRunning() * config.vocabSize();
     }
 
     private static long total(Map<Use, Long> phase) {

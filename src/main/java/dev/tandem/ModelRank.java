@@ -11,6 +11,8 @@ import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightLayout;
 import dev.tandem.parallel.Rank;
 import dev.tandem.training.RankTrainer;
+import java.util.ArrayDeque;
+import java.util.Deque;
 import java.util.List;
 import java.util.function.Consumer;
 import org.jspecify.annotations.Nullable;
@@ -32,15 +34,19 @@ public final class ModelRank implements AutoCloseable {
             Consumer<WeightArena> fill) {
         this.rank = rank;
         memory = new DeviceMemory(rank.device());
-        arena = new WeightArena(new WeightLayout(config, rank.count()), rank.device(), options.dtype());
+        Deque<Runnable> made = new ArrayDeque<>();
         try {
+            arena = new WeightArena(new WeightLayout(config, rank.count()), rank.device(), options.dtype());
+            made.push(arena::close);
             fill.accept(arena);
             memory.add(Use.WEIGHTS, arena.bytes());
             decoder = new Decoder(config, rank.device(), options.dtype());
+            made.push(decoder::close);
             generator = new Generator(arena, decoder, memory, options.generation(), plan.kvBlocks(), text, eosTokenIds, options.seed());
+            made.push(generator::close);
             trainer = new RankTrainer(arena, decoder, rank.collectives(), memory, options.training());
         } catch (RuntimeException | Error e) {
-            arena.close();
+            made.forEach(Runnable::run);
             throw e;
         }
     }

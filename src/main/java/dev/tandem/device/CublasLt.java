@@ -29,6 +29,9 @@ import java.util.concurrent.ConcurrentHashMap;
  * <p>Confined to the thread of its device. The owner closes it.
  */
 public final class CublasLt implements AutoCloseable {
+    /** Bytes of scratch that an instance holds on its device. */
+    public static final long WORKSPACE = 32L << 20;
+
     private static final int COMPUTE_32F = 68;
     private static final int CUDA_R_32F = 0;
     private static final int CUDA_R_16BF = 14;
@@ -44,7 +47,6 @@ public final class CublasLt implements AutoCloseable {
     private static final long RESULT_WORKSPACE = 64;
     private static final int CANDIDATES = 8;
     private static final int TIMINGS = 3;
-    private static final long WORKSPACE = 32L << 20;
 
     private static final Linker LINKER = Linker.nativeLinker();
     private static final SymbolLookup LIBRARY = library();

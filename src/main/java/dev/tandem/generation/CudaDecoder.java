@@ -28,6 +28,9 @@ import org.jspecify.annotations.Nullable;
  * <p>Letters: T tokens of the step, E hidden size, H query heads, D head size. Confined to its rank's thread; the owner closes it.
  */
 final class CudaDecoder implements AutoCloseable {
+    /** The kernels for batch 1 to 4 have been checked against an emulation and not been run on a GPU yet: off unless asked for. */
+    private static final boolean FEW_ROWS = Boolean.getBoolean("dev.tandem.fewRows");
+
     private static final int WARPS = 4;
     private static final int TILE_ROWS = 128;
     private static final int MANY_ROWS = 512;
@@ -136,7 +139,7 @@ final class CudaDecoder implements AutoCloseable {
         Map<String, String> macros = new HashMap<>(Map.of(
                 "HEAD_DIM", "" + dim, "HEADS", "" + heads, "KV_HEADS", "" + kvHeads, "BLOCK_SIZE", "" + options.blockSize()));
         prefillKernels = new KernelModule(device, "prefill_attention.cu", macros);
-        split = kvHeads <= 2 ? 2048 : 1024;
+        split = split(config);
         macros.put("SPLIT", "" + split);
         decodeKernels = new KernelModule(device, "decode_attention.cu", macros);
         macros.putAll(Map.of(
@@ -222,14 +225,23 @@ final class CudaDecoder implements AutoCloseable {
         };
     }
 
-    /** {@return bytes of all buffers} */
-    long bytes() {
-        long sum = 0;
-        for (Tensor t : new Tensor[] {residual, normed, qkv, query, attended, projected, widened, activated, hidden, logits, work,
-            partials, counters}) {
-            sum += t.elements() * t.dtype().bytes();
-        }
-        return sum + (cosines == null ? 0 : 2 * cosines.elements() * Float.BYTES);
+    /** {@return bytes of all buffers, known from the sizes alone} */
+    static long bytes(ModelConfig config, GeneratorOptions options) {
+        long tokens = options.tokenBudget();
+        long rows = options.maxRunning();
+        long attention = (long) config.heads() * config.headDim();
+        long keys = 2L * config.kvHeads() * config.headDim();
+        long wide = config.intermediateSize() * (config.gatedMlp() ? 3L : 2L);
+        long activations = tokens * (3L * config.hiddenSize() + 3 * attention + keys + wide) + rows * config.hiddenSize();
+        long items = rows * Math.ceilDiv(config.maxPositions(), split(config));
+        long floats = rows * rowStride(config) + items * config.heads() * (config.headDim() + 4L) + 8 * items + 8
+                + rows * config.kvHeads();
+        long tables = config.positions() instanceof Positions.Rope ? (long) config.maxPositions() * config.headDim() : 0;
+        return activations * DType.BFLOAT16.bytes() + (floats + tables) * Float.BYTES + CublasLt.WORKSPACE;
+    }
+
+    private static int split(ModelConfig config) {
+        return config.kvHeads() <= 2 ? 2048 : 1024;
     }
 
     /** {@return the address of the logits, FLOAT32 [wanted rows, {@link #logitStride}]} */
@@ -244,10 +256,11 @@ final class CudaDecoder implements AutoCloseable {
 
     /** Chooses how a decoding step of that many rows multiplies. Buffers are overwritten. */
     void tune(int rows) {
-        if (rows <= FewRows.MOST) {
+        if (FEW_ROWS && rows <= FewRows.MOST) {
             few.computeIfAbsent(rows, r -> new FewRows(device, r));
+            return;
         }
-        if (rows <= FewRows.MOST || tuned.containsKey(rows)) {
+        if (tuned.containsKey(rows)) {
             return;
         }
         int all = (config.heads() + 2 * config.kvHeads()) * config.headDim();

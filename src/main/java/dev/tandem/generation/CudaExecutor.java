@@ -50,7 +50,6 @@ final class CudaExecutor implements StepExecutor {
     private final CudaStepInput input;
     private final CudaDecoder decoder;
     private final int maxRows;
-    private final long bytes;
 
     private final KernelModule samplingKernels;
     private final KernelModule truncationKernels;
@@ -89,7 +88,6 @@ final class CudaExecutor implements StepExecutor {
         samplePartialEdited = samplingKernels.kernel("samplePartialEdited");
         sampleTruncated = truncationKernels.kernel("sampleTruncated");
         sampleFinish = samplingKernels.kernel("sampleFinish");
-        int tableWidth = Math.ceilDiv(config.maxPositions(), options.blockSize()) + 1;
         try (Scope scope = Scope.open()) {
             scaledSums = floats(2L * maxRows * tiles);
             rawSums = floats(2L * maxRows * tiles);
@@ -98,14 +96,25 @@ final class CudaExecutor implements StepExecutor {
             lastToken = Tensor.zeros(device, DType.INT32, maxRows).keep();
             seen = Tensor.zeros(device, DType.INT32, 1).keep();
         }
-        input = new CudaStepInput(device, options, tableWidth, CudaDecoder.tileQueries(config), DEPTH);
+        input = new CudaStepInput(device, options, tableWidth(config, options), CudaDecoder.tileQueries(config), DEPTH);
         decoder = new CudaDecoder(arena, cache, device, options, input, lastToken);
         for (int i = 0; i < DEPTH; i++) {
             resultHalves[i] = new PinnedMemory(device, 8L * maxRows);
             done[i] = new CudaEvent(device, false);
         }
-        bytes = decoder.bytes() + input.bytes() + 4 * (scaledSums.elements() + rawSums.elements() + best.elements());
-        memory.add(Use.WORKSPACE, bytes);
+        memory.add(Use.WORKSPACE, bytes(config, options));
+    }
+
+    /** {@return bytes that an executor holds on the device, known from the sizes alone} */
+    static long bytes(ModelConfig config, GeneratorOptions options) {
+        long rows = options.maxRunning();
+        long sums = 4 * rows * Math.ceilDiv(config.vocabSize(), TILE) + 2 * (SAMPLING_BLOCKS + rows) + 3 * rows + 1;
+        return CudaDecoder.bytes(config, options) + Float.BYTES * sums
+                + CudaStepInput.bytes(options, tableWidth(config, options), CudaDecoder.tileQueries(config));
+    }
+
+    private static int tableWidth(ModelConfig config, GeneratorOptions options) {
+        return Math.ceilDiv(config.maxPositions(), options.blockSize()) + 1;
     }
 
     private Tensor floats(long count) {
@@ -116,6 +125,14 @@ final class CudaExecutor implements StepExecutor {
     @Override
     public int depth() {
         return penalises ? 1 : DEPTH;
+    }
+
+    @Override
+    public void validate(SamplingParams params, int stopTokens) {
+        if (params.minTokens() > 0 && stopTokens > CudaStepInput.MAX_MASKED) {
+            throw new IllegalArgumentException("sampling parameter minTokens is " + params.minTokens() + " with " + stopTokens
+                    + " tokens that stop; on a GPU at most " + CudaStepInput.MAX_MASKED + " can be held back");
+        }
     }
 
     @Override

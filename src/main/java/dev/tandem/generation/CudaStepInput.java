@@ -44,26 +44,7 @@ final class CudaStepInput implements AutoCloseable {
     private final PinnedMemory[] pinned;
     private int half;
 
-    private long end;
-    private final long counts = field(COUNTS);
-    private final long rowSlot;
-    private final long rowLength;
-    private final long rowTokens;
-    private final long rowPositions;
-    private final long wanted;
-    private final long pairs;
-    private final long tables;
-    private final long tokensStart;
-    private final long tokens;
-    private final long positions;
-    private final long tokenSlot;
-    private final long sequenceSlot;
-    private final long sequenceFirst;
-    private final long sequenceStart;
-    private final long sequenceTokens;
-    private final long tileSequence;
-    private final long tileFirst;
-    private final long masked;
+    private final Layout at;
 
     private final int[] order;
     private final int[] lastToken;
@@ -91,47 +72,74 @@ final class CudaStepInput implements AutoCloseable {
         blockSize = options.blockSize();
         this.tableWidth = tableWidth;
         this.tileQueries = tileQueries;
+        at = new Layout(options, tableWidth, tileQueries);
         int maxRows = options.maxRunning();
-        int maxTokens = options.tokenBudget();
-        int maxTiles = maxTokens / tileQueries + maxRows;
-        rowSlot = field(maxRows);
-        rowLength = field(maxRows);
-        rowTokens = field(maxRows);
-        rowPositions = field(maxRows);
-        wanted = field(maxRows);
-        pairs = field(maxRows * (PAIR_BYTES / 4L));
-        tables = field((long) maxRows * tableWidth);
-        tokensStart = end;
-        tokens = field(maxTokens);
-        positions = field(maxTokens);
-        tokenSlot = field(maxTokens);
-        sequenceSlot = field(maxRows);
-        sequenceFirst = field(maxRows);
-        sequenceStart = field(maxRows);
-        sequenceTokens = field(maxRows);
-        tileSequence = field(maxTiles);
-        tileFirst = field(maxTiles);
-        masked = field((long) maxRows * MAX_MASKED);
         try (Scope scope = Scope.open()) {
-            buffer = Tensor.zeros(device, DType.INT32, end / 4).keep();
+            buffer = Tensor.zeros(device, DType.INT32, at.end / 4).keep();
         }
         pinned = new PinnedMemory[halves];
-        Arrays.setAll(pinned, i -> new PinnedMemory(device, end));
+        Arrays.setAll(pinned, i -> new PinnedMemory(device, at.end));
         order = new int[maxRows];
         lastToken = new int[maxRows];
         wantedIndex = new int[maxRows];
     }
 
-    /** Reserves room for 32-bit numbers; returns the offset. */
-    private long field(long count) {
-        long at = end;
-        end = (at + 4 * count + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        return at;
+    /** {@return bytes on the device, known from the sizes alone} */
+    static long bytes(GeneratorOptions options, int tableWidth, int tileQueries) {
+        return new Layout(options, tableWidth, tileQueries).end;
     }
 
-    /** {@return bytes on the device} */
-    long bytes() {
-        return end;
+    /** Offsets of the fields in bytes; those from {@code tokens} on are copied only when a step has prompts. */
+    private static final class Layout {
+        private long end;
+        final long counts = field(COUNTS);
+        final long rowSlot;
+        final long rowLength;
+        final long rowTokens;
+        final long rowPositions;
+        final long wanted;
+        final long pairs;
+        final long tables;
+        final long tokens;
+        final long positions;
+        final long tokenSlot;
+        final long sequenceSlot;
+        final long sequenceFirst;
+        final long sequenceStart;
+        final long sequenceTokens;
+        final long tileSequence;
+        final long tileFirst;
+        final long masked;
+
+        Layout(GeneratorOptions options, int tableWidth, int tileQueries) {
+            int maxRows = options.maxRunning();
+            int maxTokens = options.tokenBudget();
+            int maxTiles = maxTokens / tileQueries + maxRows;
+            rowSlot = field(maxRows);
+            rowLength = field(maxRows);
+            rowTokens = field(maxRows);
+            rowPositions = field(maxRows);
+            wanted = field(maxRows);
+            pairs = field(maxRows * (PAIR_BYTES / 4L));
+            tables = field((long) maxRows * tableWidth);
+            tokens = field(maxTokens);
+            positions = field(maxTokens);
+            tokenSlot = field(maxTokens);
+            sequenceSlot = field(maxRows);
+            sequenceFirst = field(maxRows);
+            sequenceStart = field(maxRows);
+            sequenceTokens = field(maxRows);
+            tileSequence = field(maxTiles);
+            tileFirst = field(maxTiles);
+            masked = field((long) maxRows * MAX_MASKED);
+        }
+
+        /** Reserves room for 32-bit numbers. */
+        private long field(long count) {
+            long start = end;
+            end = (start + 4 * count + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+            return start;
+        }
     }
 
     /** Lays out a plan and starts its copy to the device. */
@@ -143,31 +151,31 @@ final class CudaStepInput implements AutoCloseable {
         if (lastPair.length < requests.capacity()) {
             lastPair = Arrays.copyOf(lastPair, requests.capacity());
         }
-        int at = 0;
+        int next = 0;
         tiles = 0;
         for (int i = 0; i < rows; i++) {
             int row = order[i];
             int slot = plan.slot[row];
-            MemorySegment.copy(requests.blocks[slot], 0, memory, JAVA_INT, tables + 4L * i * tableWidth, requests.blockCount[slot]);
+            MemorySegment.copy(requests.blocks[slot], 0, memory, JAVA_INT, at.tables + 4L * i * tableWidth, requests.blockCount[slot]);
             if (i < decodeRows) {
-                put(memory, rowSlot, i, i);
-                put(memory, rowLength, i, plan.start[row] + 1);
+                put(memory, at.rowSlot, i, i);
+                put(memory, at.rowLength, i, plan.start[row] + 1);
             } else {
-                sequence(memory, i - decodeRows, i, at, plan.start[row], plan.granted[row]);
+                sequence(memory, i - decodeRows, i, next, plan.start[row], plan.granted[row]);
             }
-            at = tokens(memory, plan, requests, row, i, at, decodes);
-            lastToken[row] = at - 1;
+            next = tokens(memory, plan, requests, row, i, next, decodes);
+            lastToken[row] = next - 1;
         }
-        tokenCount = at;
+        tokenCount = next;
         wantedRows(memory, plan);
         samples(memory, plan, requests, seed);
-        put(memory, counts, TOKENS, tokenCount);
-        put(memory, counts, DECODE_ROWS, decodeRows);
-        put(memory, counts, WANTED, wantedCount);
-        put(memory, counts, PAIRS, plan.sampleCount);
-        pinned[half].copyTo(device, buffer.address(), 0, tables + 4L * rows * tableWidth);
+        put(memory, at.counts, TOKENS, tokenCount);
+        put(memory, at.counts, DECODE_ROWS, decodeRows);
+        put(memory, at.counts, WANTED, wantedCount);
+        put(memory, at.counts, PAIRS, plan.sampleCount);
+        pinned[half].copyTo(device, buffer.address(), 0, at.tables + 4L * rows * tableWidth);
         if (!decodes || edits) {
-            pinned[half].copyTo(device, buffer.address(), tokensStart, end - tokensStart);
+            pinned[half].copyTo(device, buffer.address(), at.tokens, at.end - at.tokens);
         }
     }
 
@@ -188,36 +196,36 @@ final class CudaStepInput implements AutoCloseable {
     }
 
     private void sequence(MemorySegment memory, int sequence, int row, int first, int start, int count) {
-        put(memory, sequenceSlot, sequence, row);
-        put(memory, sequenceFirst, sequence, first);
-        put(memory, sequenceStart, sequence, start);
-        put(memory, sequenceTokens, sequence, count);
+        put(memory, at.sequenceSlot, sequence, row);
+        put(memory, at.sequenceFirst, sequence, first);
+        put(memory, at.sequenceStart, sequence, start);
+        put(memory, at.sequenceTokens, sequence, count);
         for (int query = (count - 1) / tileQueries * tileQueries; query >= 0; query -= tileQueries) {
-            put(memory, tileSequence, tiles, sequence);
-            put(memory, tileFirst, tiles++, query);
+            put(memory, at.tileSequence, tiles, sequence);
+            put(memory, at.tileFirst, tiles++, query);
         }
     }
 
-    private int tokens(MemorySegment memory, StepPlan plan, RequestTable requests, int row, int index, int at, boolean decodes) {
+    private int tokens(MemorySegment memory, StepPlan plan, RequestTable requests, int row, int index, int first, boolean decodes) {
         int slot = plan.slot[row];
         int start = plan.start[row];
         int granted = plan.granted[row];
         int known = plan.known[row];
-        long ids = decodes ? rowTokens : tokens;
-        long places = decodes ? rowPositions : positions;
-        MemorySegment.copy(requests.tokens[slot], start, memory, JAVA_INT, ids + 4L * at, known);
+        long ids = decodes ? at.rowTokens : at.tokens;
+        long places = decodes ? at.rowPositions : at.positions;
+        MemorySegment.copy(requests.tokens[slot], start, memory, JAVA_INT, ids + 4L * first, known);
         for (int i = 0; i < granted; i++) {
-            put(memory, places, at + i, start + i);
+            put(memory, places, first + i, start + i);
         }
         if (!decodes) {
             for (int i = 0; i < granted; i++) {
-                put(memory, tokenSlot, at + i, index);
+                put(memory, at.tokenSlot, first + i, index);
             }
         }
         if (known < granted) {
-            put(memory, ids, at + known, -1 - lastPair[slot]);
+            put(memory, ids, first + known, -1 - lastPair[slot]);
         }
-        return at + granted;
+        return first + granted;
     }
 
     /** In a decoding step every row has its logits computed, so that one captured graph fits all. */
@@ -228,7 +236,7 @@ final class CudaStepInput implements AutoCloseable {
             wantedIndex[row] = -1;
             if (plan.sampled[row] || decodesOnly()) {
                 wantedIndex[row] = wantedCount;
-                put(memory, wanted, wantedCount++, lastToken[row]);
+                put(memory, at.wanted, wantedCount++, lastToken[row]);
             }
         }
     }
@@ -241,26 +249,26 @@ final class CudaStepInput implements AutoCloseable {
             int slot = plan.sampleSlot[i];
             lastPair[slot] = i;
             SamplingParams params = requests.params[slot];
-            long at = pairs + (long) i * PAIR_BYTES;
+            long pair = at.pairs + (long) i * PAIR_BYTES;
             Long own = params.seed();
-            memory.set(JAVA_INT, at, wantedIndex[plan.sampleRow[i]]);
-            memory.set(JAVA_INT, at + 4, i);
-            memory.set(JAVA_INT, at + 8, plan.samplePosition[i]);
-            memory.set(JAVA_INT, at + 12, params.topK());
-            memory.set(JAVA_LONG, at + 16, own == null ? seed : own);
-            memory.set(JAVA_LONG, at + 24, requests.sampleKey[slot]);
-            memory.set(JAVA_FLOAT, at + 32, (float) params.temperature());
-            memory.set(JAVA_FLOAT, at + 36, (float) params.topP());
-            memory.set(JAVA_FLOAT, at + 40, (float) params.minP());
-            memory.set(JAVA_FLOAT, at + 44, (float) params.repetitionPenalty());
-            memory.set(JAVA_INT, at + 48, params.logprobKind().ordinal());
+            memory.set(JAVA_INT, pair, wantedIndex[plan.sampleRow[i]]);
+            memory.set(JAVA_INT, pair + 4, i);
+            memory.set(JAVA_INT, pair + 8, plan.samplePosition[i]);
+            memory.set(JAVA_INT, pair + 12, params.topK());
+            memory.set(JAVA_LONG, pair + 16, own == null ? seed : own);
+            memory.set(JAVA_LONG, pair + 24, requests.sampleKey[slot]);
+            memory.set(JAVA_FLOAT, pair + 32, (float) params.temperature());
+            memory.set(JAVA_FLOAT, pair + 36, (float) params.topP());
+            memory.set(JAVA_FLOAT, pair + 40, (float) params.minP());
+            memory.set(JAVA_FLOAT, pair + 44, (float) params.repetitionPenalty());
+            memory.set(JAVA_INT, pair + 48, params.logprobKind().ordinal());
             int maskedCount = 0;
             if (plan.samplePosition[i] - requests.promptLength[slot] < params.minTokens()) {
                 int[] stops = requests.stopIds[slot];
                 maskedCount = Math.min(stops.length, MAX_MASKED);
-                MemorySegment.copy(stops, 0, memory, JAVA_INT, masked + 4L * i * MAX_MASKED, maskedCount);
+                MemorySegment.copy(stops, 0, memory, JAVA_INT, at.masked + 4L * i * MAX_MASKED, maskedCount);
             }
-            memory.set(JAVA_INT, at + 52, maskedCount);
+            memory.set(JAVA_INT, pair + 52, maskedCount);
             truncates |= params.truncates() && !params.isGreedy();
             penalises |= params.repetitionPenalty() != 1;
             edits |= maskedCount > 0 || params.repetitionPenalty() != 1;
@@ -316,44 +324,44 @@ final class CudaStepInput implements AutoCloseable {
     // ---- addresses on the device ----------------------------------------------------------------------------------------
 
     long tokenCountAddress() {
-        return buffer.address() + counts + 4 * TOKENS;
+        return buffer.address() + at.counts + 4 * TOKENS;
     }
 
     long decodeRowsAddress() {
-        return buffer.address() + counts + 4 * DECODE_ROWS;
+        return buffer.address() + at.counts + 4 * DECODE_ROWS;
     }
 
     long wantedCountAddress() {
-        return buffer.address() + counts + 4 * WANTED;
+        return buffer.address() + at.counts + 4 * WANTED;
     }
 
     long pairCountAddress() {
-        return buffer.address() + counts + 4 * PAIRS;
+        return buffer.address() + at.counts + 4 * PAIRS;
     }
 
     long rowSlotAddress() {
-        return buffer.address() + rowSlot;
+        return buffer.address() + at.rowSlot;
     }
 
     long rowLengthAddress() {
-        return buffer.address() + rowLength;
+        return buffer.address() + at.rowLength;
     }
 
     /** @param decodes as {@link #decodesOnly}: tokens of such a step travel with the rows */
     long tokensAddress(boolean decodes) {
-        return buffer.address() + (decodes ? rowTokens : tokens);
+        return buffer.address() + (decodes ? at.rowTokens : at.tokens);
     }
 
     long positionsAddress(boolean decodes) {
-        return buffer.address() + (decodes ? rowPositions : positions);
+        return buffer.address() + (decodes ? at.rowPositions : at.positions);
     }
 
     long tokenSlotAddress(boolean decodes) {
-        return buffer.address() + (decodes ? rowSlot : tokenSlot);
+        return buffer.address() + (decodes ? at.rowSlot : at.tokenSlot);
     }
 
     long tablesAddress() {
-        return buffer.address() + tables;
+        return buffer.address() + at.tables;
     }
 
     int tableWidth() {
@@ -361,39 +369,39 @@ final class CudaStepInput implements AutoCloseable {
     }
 
     long wantedAddress() {
-        return buffer.address() + wanted;
+        return buffer.address() + at.wanted;
     }
 
     long pairsAddress() {
-        return buffer.address() + pairs;
+        return buffer.address() + at.pairs;
     }
 
     long maskedAddress() {
-        return buffer.address() + masked;
+        return buffer.address() + at.masked;
     }
 
     long sequenceSlotAddress() {
-        return buffer.address() + sequenceSlot;
+        return buffer.address() + at.sequenceSlot;
     }
 
     long sequenceFirstAddress() {
-        return buffer.address() + sequenceFirst;
+        return buffer.address() + at.sequenceFirst;
     }
 
     long sequenceStartAddress() {
-        return buffer.address() + sequenceStart;
+        return buffer.address() + at.sequenceStart;
     }
 
     long sequenceTokensAddress() {
-        return buffer.address() + sequenceTokens;
+        return buffer.address() + at.sequenceTokens;
     }
 
     long tileSequenceAddress() {
-        return buffer.address() + tileSequence;
+        return buffer.address() + at.tileSequence;
     }
 
     long tileFirstAddress() {
-        return buffer.address() + tileFirst;
+        return buffer.address() + at.tileFirst;
     }
 
     @Override

@@ -1,6 +1,7 @@
 package dev.tandem.generation;
 
 import dev.tandem.device.DType;
+import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Gradients;
@@ -137,6 +138,20 @@ public final class Generator implements AutoCloseable {
         sampledLogprobs = new float[options.maxRunning()];
     }
 
+    /**
+     * {@return bytes of buffers that a generator holds beside its KV pages; on the CPU an estimate}
+     *
+     * @param dtype of the weights
+     */
+    public static long workspaceBytes(ModelConfig config, Device device, DType dtype, GeneratorOptions options) {
+        if (!device.isCpu() && CudaDecoder.obstacle(config, dtype, options) == null) {
+            return CudaExecutor.bytes(config, options);
+        }
+        // Hidden states of a step and their widest products, and logits of all samples.
+        long width = 4L * config.hiddenSize() + 3L * config.intermediateSize();
+        return options.tokenBudget() * width * dtype.bytes() + 2L * Float.BYTES * options.maxRunning() * config.vocabSize();
+    }
+
     /** Tandem's kernels where they can compute the model, else libtorch's operations. */
     private StepExecutor executor(WeightArena arena, Decoder decoder, DeviceMemory memory, GeneratorOptions options) {
         if (!memory.device().isCpu()) {
@@ -213,6 +228,7 @@ public final class Generator implements AutoCloseable {
      */
     public long submit(Prompt prompt, @Nullable TokenListener listener) {
         cache.requireAwake();
+        validate(prompt);
         SamplingParams params = prompt.params();
         long[] keys = new long[params.n()];
         for (int i = 0; i < keys.length; i++) {
@@ -236,7 +252,9 @@ public final class Generator implements AutoCloseable {
      * @throws IllegalArgumentException when it never can; the message has the numbers
      */
     public void validate(Prompt prompt) {
-        scheduler.validate(prompt.index(), prompt.tokens(), prompt.tokens().length, prompt.params());
+        SamplingParams params = prompt.params();
+        scheduler.validate(prompt.index(), prompt.tokens(), prompt.tokens().length, params);
+        executor.validate(params, params.stopTokenIds().size() + (params.ignoreEos() ? 0 : config.eosTokenIds().size()));
     }
 
     /** Ends a request; its samples come out of the next step with what they have. */

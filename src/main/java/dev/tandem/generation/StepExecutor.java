@@ -7,6 +7,14 @@ package dev.tandem.generation;
  * which they were begun. Confined to its rank's thread; the owner closes it.
  */
 interface StepExecutor extends AutoCloseable {
+    /**
+     * Checks that requests with these parameters can be computed.
+     *
+     * @param stopTokens how many tokens end the request
+     * @throws IllegalArgumentException when they cannot
+     */
+    default void validate(SamplingParams params, int stopTokens) {}
+
     /** {@return how many steps may have begun and not ended: 1, or 2 when the device runs beside the host} */
     int depth();
 

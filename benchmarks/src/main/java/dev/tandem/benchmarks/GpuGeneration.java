@@ -5,6 +5,7 @@ import dev.tandem.HybridEngine;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.generation.Prompt;
@@ -29,6 +30,7 @@ import org.apache.commons.math3.random.MersenneTwister;
  */
 final class GpuGeneration {
     private static final int REQUESTS = 256;
+    private static final int CYCLES = 1000;
 
     private GpuGeneration() {}
 
@@ -37,7 +39,7 @@ final class GpuGeneration {
         String shape = args[0];
         List<String> what = Arrays.asList(args).subList(1, args.length);
         EngineOptions options = EngineOptions.defaults().devices(Device.cuda(0)).dtype(DType.BFLOAT16)
-                .generation(GeneratorOptions.defaults().blockSize(64).step(16384, 256, 16384).prefixCaching(false));
+                .generation(GeneratorOptions.forGpu().prefixCaching(false));
         try (HybridEngine engine = HybridEngine.create(Shapes.config(shape).withMaxPositions(4096), null, options)) {
             say("%s start: engine %.1f s", shape, seconds(start));
             run(engine, List.of(prompt(0, new int[] {1, 2, 3}, 4)));
@@ -47,6 +49,7 @@ final class GpuGeneration {
                     case "nano" -> nano(engine, shape);
                     case "tpot" -> tpot(engine, shape);
                     case "long" -> longOutputs(engine, shape);
+                    case "switch" -> phases(engine, shape);
                     case "step" -> step(engine, shape);
                     case "profile1" -> run(engine, shortRequests(1, 12));
                     case "profile256" -> run(engine, shortRequests(REQUESTS, 12));
@@ -115,6 +118,50 @@ final class GpuGeneration {
             times[run] = (seconds(start) - first) / 512 * 1e3;
         }
         say("%s: ms a token at batch 1: %s", shape, Arrays.toString(times));
+    }
+
+    /** Sleep and wake at three sizes of the KV cache, and what a thousand cycles leave behind. */
+    private static void phases(HybridEngine engine, String shape) {
+        Device device = Device.cuda(0);
+        long blockBytes = engine.plan().generation().get(Use.KV) / engine.plan().kvBlocks();
+        engine.sleep();
+        long asleep = Cuda.free(device);
+        for (int gib : new int[] {8, 32, 64}) {
+            if ((gib * (1L << 30)) / blockBytes > engine.plan().kvBlocks()) {
+                say("%s: %d GiB of KV are more than the plan's %d pages", shape, gib, engine.plan().kvBlocks());
+                continue;
+            }
+            engine.wake();
+            engine.resizeKv(gib * (1L << 30));
+            double[] sleeps = new double[5];
+            double[] wakes = new double[5];
+            long returned = 0;
+            for (int i = 0; i < sleeps.length; i++) {
+                long before = Cuda.free(device);
+                long start = System.nanoTime();
+                engine.sleep();
+                sleeps[i] = seconds(start) * 1e3;
+                returned = Cuda.free(device) - before;
+                start = System.nanoTime();
+                engine.wake();
+                Cuda.synchronize(device);
+                wakes[i] = seconds(start) * 1e3;
+            }
+            Arrays.sort(sleeps);
+            Arrays.sort(wakes);
+            say("%s, %d GiB of KV: sleep %.1f ms (%.1f–%.1f), wake %.1f ms (%.1f–%.1f), %.2f GiB returned", shape, gib, sleeps[2],
+                    sleeps[0], sleeps[4], wakes[2], wakes[0], wakes[4], returned / 0x1p30);
+            engine.sleep();
+        }
+        long start = System.nanoTime();
+        for (int i = 0; i < CYCLES; i++) {
+            engine.wake();
+            engine.sleep();
+        }
+        say("%s: %d cycles in %.1f s, asleep %d MiB free before and %d MiB after; in use beside weights %.2f GiB", shape, CYCLES,
+                seconds(start), asleep >> 20, Cuda.free(device) >> 20,
+                (Cuda.total(device) - Cuda.free(device) - engine.plan().generation().get(Use.WEIGHTS)) / 0x1p30);
+        engine.wake();
     }
 
     private static List<Prompt> shortRequests(int rows, int tokens) {
