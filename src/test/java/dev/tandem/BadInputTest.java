@@ -6,7 +6,10 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertInstanceOf;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
+import static org.junit.jupiter.api.Assumptions.assumeFalse;
 
+import dev.tandem.device.Cuda;
+import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
@@ -356,5 +359,14 @@ class BadInputTest {
         message(IllegalArgumentException.class, () -> HybridEngine.create(TinyModels.llama(), engine.tokenizer(),
                 engine.options()),
                 "511", "64");
+    }
+
+    @Test
+    void aGpuThatIsNotThere() {
+        assumeFalse(Cuda.available(), "there is a GPU");
+        EngineOptions options = EngineOptions.defaults().devices(Device.cuda(0));
+        String message = assertThrows(TandemException.class, () -> HybridEngine.create(TinyModels.llama(), null, options)).getMessage();
+        assertTrue(message.startsWith("cuda:0 cannot be used: ") && !message.contains("\n"), message);
+        assertTrue(message.contains("install") || message.contains("class path"), message);
     }
 }

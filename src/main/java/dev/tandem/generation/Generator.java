@@ -228,8 +228,8 @@ public final class Generator implements AutoCloseable {
      */
     public long submit(Prompt prompt, @Nullable TokenListener listener) {
         cache.requireAwake();
-        validate(prompt);
         SamplingParams params = prompt.params();
+        requireComputable(params);
         long[] keys = new long[params.n()];
         for (int i = 0; i < keys.length; i++) {
             keys[i] = CounterRandom.bits(prompt.index(), i, 0);
@@ -254,6 +254,10 @@ public final class Generator implements AutoCloseable {
     public void validate(Prompt prompt) {
         SamplingParams params = prompt.params();
         scheduler.validate(prompt.index(), prompt.tokens(), prompt.tokens().length, params);
+        requireComputable(params);
+    }
+
+    private void requireComputable(SamplingParams params) {
         executor.validate(params, params.stopTokenIds().size() + (params.ignoreEos() ? 0 : config.eosTokenIds().size()));
     }
 
