@@ -9,6 +9,7 @@ import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import dev.tandem.generation.StepLayout.Field;
 import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Norm;
@@ -307,18 +308,18 @@ final class CudaDecoder implements AutoCloseable {
      */
     void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted) {
         try (Scope scope = Scope.open()) {
-            long count = input.tokenCountAddress();
+            long count = input.countAddress(StepLayout.TOKENS);
             int width = config.hiddenSize();
             Grid rows = rowGrid(tokens, width);
-            resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), input.tokensAddress(decodes), lastToken.address(), count);
+            resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), lastToken.address(), count);
             WeightGroup embedding = arena.embedding();
             int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
-            embed.launch(device, rows, input.tokensAddress(decodes), input.positionsAddress(decodes),
+            embed.launch(device, rows, input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS),
                     address(embedding.find(ParameterRole.EMBED_TOKENS)), address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset,
                     residual.address(), width, count);
             if (decodeRows > 0) {
-                planDecode.launch(device, Grid.of(1, 256), input.rowSlotAddress(), input.rowLengthAddress(),
-                        input.decodeRowsAddress(), maxRows, maxItems, work.address(), workCount());
+                planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
+                        input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, work.address(), workCount());
             }
             Products by = decodes ? tuned.get(tokens) : null;
             long addend = 0;
@@ -342,7 +343,7 @@ final class CudaDecoder implements AutoCloseable {
                 WeightGroup head = arena.head();
                 gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                         address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
-                        hidden.address(), width, (float) config.normEps(), input.wantedAddress(), input.wantedCountAddress());
+                        hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
                 FewRows kernels = decodes ? few.get(wanted) : null;
                 if (kernels != null) {
                     kernels.multiplyToFloat(hidden.address(), arena.logitMatrix().address(), logits.address(), config.hiddenSize(),
@@ -359,7 +360,7 @@ final class CudaDecoder implements AutoCloseable {
 
     private void norm(Grid rows, long addend, long addendBias, WeightGroup w, ParameterRole weight, ParameterRole bias) {
         residualNorm.launch(device, rows, residual.address(), addend, addendBias, address(w.find(weight)), address(w.find(bias)),
-                normed.address(), config.hiddenSize(), (float) config.normEps(), input.tokenCountAddress());
+                normed.address(), config.hiddenSize(), (float) config.normEps(), input.countAddress(StepLayout.TOKENS));
     }
 
     private void attend(int layer, WeightGroup w, int tokens, boolean decodes, int decodeRows, int tiles) {
@@ -369,18 +370,18 @@ final class CudaDecoder implements AutoCloseable {
         rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
                 qkv.address(), address(w.find(ParameterRole.Q_BIAS)), address(w.find(ParameterRole.Q_NORM)),
                 address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines),
-                input.positionsAddress(decodes), input.tokenSlotAddress(decodes), input.tablesAddress(), input.tableWidth(), pages,
-                layer, config.layers(), query.address(), input.tokenCountAddress());
+                input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS), input.address(decodes ? Field.ROW_SLOT : Field.TOKEN_SLOT), input.address(Field.TABLES), input.tableWidth(), pages,
+                layer, config.layers(), query.address(), input.countAddress(StepLayout.TOKENS));
         if (decodeRows > 0) {
             decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
-                    input.tablesAddress(), input.tableWidth(), work.address(), workCount(), maxItems, partials.address(),
+                    input.address(Field.TABLES), input.tableWidth(), work.address(), workCount(), maxItems, partials.address(),
                     counters.address(), scale);
         }
         if (tiles > 0) {
             prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared), query.address(),
-                    attended.address(), pages, layer, config.layers(), input.tablesAddress(), input.tableWidth(),
-                    input.sequenceSlotAddress(), input.sequenceFirstAddress(), input.sequenceStartAddress(),
-                    input.sequenceTokensAddress(), input.tileSequenceAddress(), input.tileFirstAddress(), scale);
+                    attended.address(), pages, layer, config.layers(), input.address(Field.TABLES), input.tableWidth(),
+                    input.address(Field.SEQUENCE_SLOT), input.address(Field.SEQUENCE_FIRST), input.address(Field.SEQUENCE_START),
+                    input.address(Field.SEQUENCE_TOKENS), input.address(Field.TILE_SEQUENCE), input.address(Field.TILE_FIRST), scale);
         }
     }
 
@@ -395,7 +396,7 @@ final class CudaDecoder implements AutoCloseable {
         }
         multiply(by == null ? null : by.widen, normed, w.weight(role), widened, tokens, decodes);
         activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
-                widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.tokenCountAddress());
+                widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.countAddress(StepLayout.TOKENS));
     }
 
     private int prefillThreads() {

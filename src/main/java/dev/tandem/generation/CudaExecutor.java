@@ -17,6 +17,7 @@ import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import dev.tandem.generation.StepLayout.Field;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.WeightArena;
 import java.lang.foreign.MemorySegment;
@@ -80,7 +81,7 @@ final class CudaExecutor implements StepExecutor {
         config = arena.layout().config();
         maxRows = options.maxRunning();
         int tiles = Math.ceilDiv(config.vocabSize(), TILE);
-        Map<String, String> macros = Map.of("MAX_MASKED", "" + CudaStepInput.MAX_MASKED);
+        Map<String, String> macros = Map.of("MAX_MASKED", "" + StepLayout.MAX_MASKED);
         samplingKernels = new KernelModule(device, "sampling.cu", macros);
         truncationKernels = new KernelModule(device, "truncation.cu", macros);
         markSeen = samplingKernels.kernel("markSeen");
@@ -110,7 +111,7 @@ final class CudaExecutor implements StepExecutor {
         long rows = options.maxRunning();
         long sums = 4 * rows * Math.ceilDiv(config.vocabSize(), TILE) + 2 * (SAMPLING_BLOCKS + rows) + 3 * rows + 1;
         return CudaDecoder.bytes(config, options) + Float.BYTES * sums
-                + CudaStepInput.bytes(options, tableWidth(config, options), CudaDecoder.tileQueries(config));
+                + new StepLayout(options, tableWidth(config, options), CudaDecoder.tileQueries(config)).bytes();
     }
 
     private static int tableWidth(ModelConfig config, GeneratorOptions options) {
@@ -129,9 +130,9 @@ final class CudaExecutor implements StepExecutor {
 
     @Override
     public void validate(SamplingParams params, int stopTokens) {
-        if (params.minTokens() > 0 && stopTokens > CudaStepInput.MAX_MASKED) {
+        if (params.minTokens() > 0 && stopTokens > StepLayout.MAX_MASKED) {
             throw new IllegalArgumentException("sampling parameter minTokens is " + params.minTokens() + " with " + stopTokens
-                    + " tokens that stop; on a GPU at most " + CudaStepInput.MAX_MASKED + " can be held back");
+                    + " tokens that stop; on a GPU at most " + StepLayout.MAX_MASKED + " can be held back");
         }
     }
 
@@ -140,10 +141,10 @@ final class CudaExecutor implements StepExecutor {
         try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
             cache.copy(plan.copySource, plan.copyTarget, plan.copyCount);
             input.fill(plan, requests, seed);
-            if (input.decodesOnly()) {
+            if (input.layout().decodesOnly()) {
                 decode();
             } else {
-                decoder.forward(input.tokenCount(), false, input.decodeRows(), input.tiles(), input.wantedCount());
+                decoder.forward(input.layout().tokenCount(), false, input.layout().decodeRows(), input.layout().tiles(), input.layout().wantedCount());
             }
             if (plan.sampleCount > 0) {
                 sample(plan, requests);
@@ -155,7 +156,7 @@ final class CudaExecutor implements StepExecutor {
     }
 
     private void decode() {
-        int size = size(input.rows());
+        int size = size(input.layout().rows());
         CudaGraph graph = graphs.get(size);
         if (graph == null && warm.put(size, true) != null) {
             graph = CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size));
@@ -178,23 +179,23 @@ final class CudaExecutor implements StepExecutor {
     private void sample(StepPlan plan, RequestTable requests) {
         int pairs = plan.sampleCount;
         int slices = Math.clamp(SAMPLING_BLOCKS / pairs, 1, Math.ceilDiv(Math.ceilDiv(config.vocabSize(), TILE), 4));
-        penalises = input.penalises();
+        penalises = input.layout().penalises();
         if (penalises) {
             mark(plan, requests);
         }
-        Kernel partial = input.edits() ? samplePartialEdited : samplePartial;
+        Kernel partial = input.layout().edits() ? samplePartialEdited : samplePartial;
         int vocabulary = config.vocabSize();
         long tokens = results.address();
         long logprobs = results.address() + 4L * maxRows;
-        partial.launch(device, new Grid(pairs, slices, 128, 1, 0), input.pairsAddress(), input.pairCountAddress(),
-                decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.maskedAddress(),
+        partial.launch(device, new Grid(pairs, slices, 128, 1, 0), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS),
+                decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.address(Field.MASKED),
                 scaledSums.address(), rawSums.address(), best.address());
-        if (input.truncates()) {
-            sampleTruncated.launch(device, Grid.of(pairs, 512), input.pairsAddress(), input.pairCountAddress(),
-                    decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.maskedAddress(),
+        if (input.layout().truncates()) {
+            sampleTruncated.launch(device, Grid.of(pairs, 512), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS),
+                    decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.address(Field.MASKED),
                     scaledSums.address(), rawSums.address(), tokens, logprobs, lastToken.address());
         }
-        sampleFinish.launch(device, Grid.of(pairs, 128), input.pairsAddress(), input.pairCountAddress(), decoder.logitsAddress(),
+        sampleFinish.launch(device, Grid.of(pairs, 128), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS), decoder.logitsAddress(),
                 decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(), best.address(), slices,
                 tokens, logprobs, lastToken.address());
     }
