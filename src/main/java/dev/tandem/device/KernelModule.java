@@ -3,6 +3,8 @@ package dev.tandem.device;
 import java.lang.foreign.Arena;
 import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
+import java.util.ArrayList;
+import java.util.List;
 import java.util.Map;
 
 /**
@@ -18,25 +20,55 @@ public final class KernelModule implements AutoCloseable {
 
     private boolean closed;
 
-    /**
-     * Compiles a source with macros, or takes the machine code from the cache, and loads it.
-     *
-     * @param source the name of a file of Tandem's, such as {@code decode_attention.cu}
-     * @throws TandemException when NVRTC is missing or the source cannot be compiled
-     */
-    public KernelModule(Device device, String source, Map<String, String> macros) {
-        Cuda.use(device);
-        early = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) >= 9
-                && Boolean.parseBoolean(System.getProperty("dev.tandem.dependentLaunch", "true"));
-        byte[] code;
-        synchronized (LOCK) {
-            if (compiler == null) {
-                compiler = new Nvrtc();
-            }
-            code = new KernelSource(source, macros).compile(compiler, architecture(device));
-        }
+    private KernelModule(byte[] code, boolean early) {
+        this.early = early;
         try (Arena arena = Arena.ofConfined()) {
             module = CudaDriver.loadModule(arena.allocateFrom(ValueLayout.JAVA_BYTE, code));
+        }
+    }
+
+    /**
+     * A file of Tandem's kernels, specialised.
+     *
+     * @param file such as {@code decode_attention.cu}
+     * @param macros defined for it
+     */
+    public record Source(String file, Map<String, String> macros) {}
+
+    /** {@return the kernels of one source, as {@link #load(Device, List)}} */
+    public static KernelModule load(Device device, Source source) {
+        return load(device, List.of(source)).getFirst();
+    }
+
+    /**
+     * Compiles sources at the same time, or takes their machine code from the cache, and loads them.
+     *
+     * @return a module for each source, in their order; all or none
+     * @throws TandemException when NVRTC is missing or a source cannot be compiled
+     */
+    public static List<KernelModule> load(Device device, List<Source> sources) {
+        Cuda.use(device);
+        Nvrtc nvrtc = compiler();
+        String architecture = architecture(device);
+        List<byte[]> codes = sources.parallelStream()
+                .map(source -> new KernelSource(source.file, source.macros).compile(nvrtc, architecture))
+                .toList();
+        boolean early = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) >= 9;
+        List<KernelModule> modules = new ArrayList<>();
+        try {
+            codes.forEach(code -> modules.add(new KernelModule(code, early)));
+            return modules;
+        } catch (RuntimeException | Error e) {
+            modules.forEach(KernelModule::close);
+            throw e;
+        }
+    }
+
+    private static Nvrtc compiler() {
+        synchronized (LOCK) {
+            Nvrtc made = compiler == null ? new Nvrtc() : compiler;
+            compiler = made;
+            return made;
         }
     }
 

@@ -4,15 +4,12 @@ import dev.tandem.device.CublasLt;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
-import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Grid;
-import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.StepLayout.Field;
 import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
-import dev.tandem.model.Norm;
 import dev.tandem.model.ParameterRole;
 import dev.tandem.model.Positions;
 import dev.tandem.model.WeightArena;
@@ -42,26 +39,11 @@ final class CudaDecoder implements AutoCloseable {
     private final CudaStepInput input;
     private final long pages;
 
-    private final KernelModule layerKernels;
-    private final KernelModule decodeKernels;
-    private final KernelModule prefillKernels;
-    private final KernelModule stepKernels;
-    private final Kernel resolveTokens;
-    private final Kernel embed;
-    private final Kernel residualNorm;
-    private final Kernel gatherNorm;
-    private final Kernel rotateAndWrite;
-    private final Kernel activate;
-    private final Kernel planDecode;
-    private final Kernel decodeAttention;
-    private final Kernel prefillAttention;
+    private final CudaKernels kernels;
     private final Grid decodeGrid;
     private final int prefillShared;
     private final int maxRows;
     private final int maxItems;
-    /** Tokens that one block attends to; longer rows are cut. Shorter pieces answer sooner at batch 1 and cost more at batch 256. */
-    private final int split;
-
     private final CublasLt products;
     /** The products of a decoding step, by its number of rows. */
     private final Map<Integer, Products> tuned = new HashMap<>();
@@ -126,7 +108,9 @@ final class CudaDecoder implements AutoCloseable {
         return TILE_ROWS / (config.heads() / config.kvHeads());
     }
 
-    CudaDecoder(WeightArena arena, KvCache cache, Device device, GeneratorOptions options, CudaStepInput input, Tensor lastToken) {
+    CudaDecoder(WeightArena arena, KvCache cache, Device device, GeneratorOptions options, CudaKernels kernels, CudaStepInput input,
+            Tensor lastToken) {
+        this.kernels = kernels;
         config = arena.layout().config();
         this.arena = arena;
         this.device = device;
@@ -137,43 +121,20 @@ final class CudaDecoder implements AutoCloseable {
         int dim = config.headDim();
         int heads = config.heads();
         int kvHeads = config.kvHeads();
-        Map<String, String> macros = new HashMap<>(Map.of(
-                "HEAD_DIM", "" + dim, "HEADS", "" + heads, "KV_HEADS", "" + kvHeads, "BLOCK_SIZE", "" + options.blockSize()));
-        prefillKernels = new KernelModule(device, "prefill_attention.cu", macros);
-        split = split(config);
-        macros.put("SPLIT", "" + split);
-        decodeKernels = new KernelModule(device, "decode_attention.cu", macros);
-        macros.putAll(Map.of(
-                "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
-                "POST_NORM", "0",
-                "FINAL_NORM", "1",
-                "GATED", config.gatedMlp() ? "1" : "0",
-                "ACTIVATION", "" + activation(config.activation()),
-                "WRITE_BACK", "0"));
-        layerKernels = new KernelModule(device, "layer.cu", macros);
-        stepKernels = new KernelModule(device, "step.cu", Map.of());
-        resolveTokens = stepKernels.kernel("resolveTokens");
-        embed = layerKernels.kernel("embed");
-        residualNorm = layerKernels.kernel("residualNorm");
-        gatherNorm = layerKernels.kernel("gatherNorm");
-        rotateAndWrite = layerKernels.kernel("rotateAndWrite");
-        activate = layerKernels.kernel("activate");
-        planDecode = decodeKernels.kernel("planDecode");
-
         int group = heads / kvHeads;
         int stages = dim <= 64 ? 4 : dim <= 96 ? 3 : 2;
         int decodeShared = WARPS * stages * 64 * dim + 4 * WARPS * group * (dim + 6)
-                + 4 * 8 * (8 + split / options.blockSize()) + 16;
-        decodeAttention = decodeKernels.kernel("decodeAttention").sharedMemory(decodeShared);
-        int resident = Math.max(1, decodeAttention.residentBlocks(32 * WARPS, decodeShared));
+                + 4 * 8 * (8 + split(config) / options.blockSize()) + 16;
+        kernels.decodeAttention.sharedMemory(decodeShared);
+        int resident = Math.max(1, kernels.decodeAttention.residentBlocks(32 * WARPS, decodeShared));
         decodeGrid = new Grid(Cuda.multiprocessors(device) * resident, 1, 32 * WARPS, 1, decodeShared);
         int tileKeys = dim > 128 ? 32 : 64;
         prefillShared = (TILE_ROWS + 4 * tileKeys) * (dim + 8) * 2;
-        prefillAttention = prefillKernels.kernel("prefillAttention").sharedMemory(prefillShared);
+        kernels.prefillAttention.sharedMemory(prefillShared);
 
         products = new CublasLt(device);
         int tokens = options.tokenBudget();
-        maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), split));
+        maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), split(config)));
         try (Scope scope = Scope.open()) {
             residual = buffer(tokens, config.hiddenSize());
             normed = buffer(tokens, config.hiddenSize());
@@ -217,15 +178,6 @@ final class CudaDecoder implements AutoCloseable {
         };
     }
 
-    private static int activation(Activation activation) {
-        return switch (activation) {
-            case SILU -> 0;
-            case RELU -> 1;
-            case GELU -> 2;
-            case GELU_TANH -> 3;
-        };
-    }
-
     /** {@return bytes of all buffers, known from the sizes alone} */
     static long bytes(ModelConfig config, GeneratorOptions options) {
         long tokens = options.tokenBudget();
@@ -241,7 +193,8 @@ final class CudaDecoder implements AutoCloseable {
         return activations * DType.BFLOAT16.bytes() + (floats + tables) * Float.BYTES + CublasLt.WORKSPACE;
     }
 
-    private static int split(ModelConfig config) {
+    /** {@return tokens that one block attends to} Longer rows are cut. Shorter pieces answer sooner at batch 1 and cost more at batch 256. */
+    static int split(ModelConfig config) {
         return config.kvHeads() <= 2 ? 2048 : 1024;
     }
 
@@ -287,9 +240,9 @@ final class CudaDecoder implements AutoCloseable {
 
     /** {@code out} = {@code x} times the transpose of a weight, the first {@code rows} rows. */
     private void multiply(CublasLt.@Nullable Product product, Tensor x, Tensor weight, Tensor out, int rows, boolean decodes) {
-        FewRows kernels = decodes ? few.get(rows) : null;
-        if (kernels != null) {
-            kernels.multiply(x.address(), weight.address(), out.address(), (int) weight.size(1), (int) weight.size(0));
+        FewRows fewRows = decodes ? few.get(rows) : null;
+        if (fewRows != null) {
+            fewRows.multiply(x.address(), weight.address(), out.address(), (int) weight.size(1), (int) weight.size(0));
         } else if (product == null) {
             out.narrow(0, 0, rows).setLinear(x.narrow(0, 0, rows), weight);
         } else {
@@ -311,14 +264,14 @@ final class CudaDecoder implements AutoCloseable {
             long count = input.countAddress(StepLayout.TOKENS);
             int width = config.hiddenSize();
             Grid rows = rowGrid(tokens, width);
-            resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), lastToken.address(), count);
+            kernels.resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), lastToken.address(), count);
             WeightGroup embedding = arena.embedding();
             int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
-            embed.launch(device, rows, input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS),
+            kernels.embed.launch(device, rows, input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS),
                     address(embedding.find(ParameterRole.EMBED_TOKENS)), address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset,
                     residual.address(), width, count);
             if (decodeRows > 0) {
-                planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
+                kernels.planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
                         input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, work.address(), workCount());
             }
             Products by = decodes ? tuned.get(tokens) : null;
@@ -341,12 +294,12 @@ final class CudaDecoder implements AutoCloseable {
             }
             if (wanted > 0) {
                 WeightGroup head = arena.head();
-                gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
+                kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                         address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                         hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
-                FewRows kernels = decodes ? few.get(wanted) : null;
-                if (kernels != null) {
-                    kernels.multiplyToFloat(hidden.address(), arena.logitMatrix().address(), logits.address(), config.hiddenSize(),
+                FewRows fewRows = decodes ? few.get(wanted) : null;
+                if (fewRows != null) {
+                    fewRows.multiplyToFloat(hidden.address(), arena.logitMatrix().address(), logits.address(), config.hiddenSize(),
                             config.vocabSize(), rowStride(config));
                 } else if (by != null && wanted == tokens) {
                     by.head.run(hidden.address(), arena.logitMatrix().address(), logits.address());
@@ -359,7 +312,7 @@ final class CudaDecoder implements AutoCloseable {
     }
 
     private void norm(Grid rows, long addend, long addendBias, WeightGroup w, ParameterRole weight, ParameterRole bias) {
-        residualNorm.launch(device, rows, residual.address(), addend, addendBias, address(w.find(weight)), address(w.find(bias)),
+        kernels.residualNorm.launch(device, rows, residual.address(), addend, addendBias, address(w.find(weight)), address(w.find(bias)),
                 normed.address(), config.hiddenSize(), (float) config.normEps(), input.countAddress(StepLayout.TOKENS));
     }
 
@@ -367,18 +320,18 @@ final class CudaDecoder implements AutoCloseable {
         int lanes = config.headDim() == 64 ? 4 : config.headDim() <= 128 ? 8 : 16;
         int units = (config.heads() + 2 * config.kvHeads() + 1) / 2;
         float scale = (float) (1 / Math.sqrt(config.headDim()));
-        rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
+        kernels.rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
                 qkv.address(), address(w.find(ParameterRole.Q_BIAS)), address(w.find(ParameterRole.Q_NORM)),
                 address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines),
                 input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS), input.address(decodes ? Field.ROW_SLOT : Field.TOKEN_SLOT), input.address(Field.TABLES), input.tableWidth(), pages,
                 layer, config.layers(), query.address(), input.countAddress(StepLayout.TOKENS));
         if (decodeRows > 0) {
-            decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
+            kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
                     input.address(Field.TABLES), input.tableWidth(), work.address(), workCount(), maxItems, partials.address(),
                     counters.address(), scale);
         }
         if (tiles > 0) {
-            prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared), query.address(),
+            kernels.prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared), query.address(),
                     attended.address(), pages, layer, config.layers(), input.address(Field.TABLES), input.tableWidth(),
                     input.address(Field.SEQUENCE_SLOT), input.address(Field.SEQUENCE_FIRST), input.address(Field.SEQUENCE_START),
                     input.address(Field.SEQUENCE_TOKENS), input.address(Field.TILE_SEQUENCE), input.address(Field.TILE_FIRST), scale);
@@ -388,14 +341,14 @@ final class CudaDecoder implements AutoCloseable {
     private void widen(WeightGroup w, int tokens, @Nullable Products by, boolean decodes) {
         ParameterRole role = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
         ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
-        FewRows kernels = decodes ? few.get(tokens) : null;
-        if (kernels != null && config.gatedMlp() && config.activation() == Activation.SILU && w.find(bias) == null) {
-            kernels.multiplyGated(normed.address(), w.weight(role).address(), activated.address(), config.hiddenSize(),
+        FewRows fewRows = decodes ? few.get(tokens) : null;
+        if (fewRows != null && config.gatedMlp() && config.activation() == Activation.SILU && w.find(bias) == null) {
+            fewRows.multiplyGated(normed.address(), w.weight(role).address(), activated.address(), config.hiddenSize(),
                     config.intermediateSize());
             return;
         }
         multiply(by == null ? null : by.widen, normed, w.weight(role), widened, tokens, decodes);
-        activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
+        kernels.activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
                 widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.countAddress(StepLayout.TOKENS));
     }
 
@@ -433,9 +386,5 @@ final class CudaDecoder implements AutoCloseable {
         tuned.values().forEach(Products::close);
         few.values().forEach(FewRows::close);
         products.close();
-        layerKernels.close();
-        decodeKernels.close();
-        prefillKernels.close();
-        stepKernels.close();
     }
 }

@@ -11,7 +11,6 @@ import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.Gradients;
-import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.PinnedMemory;
@@ -52,13 +51,7 @@ final class CudaExecutor implements StepExecutor {
     private final CudaDecoder decoder;
     private final int maxRows;
 
-    private final KernelModule samplingKernels;
-    private final KernelModule truncationKernels;
-    private final Kernel markSeen;
-    private final Kernel samplePartial;
-    private final Kernel samplePartialEdited;
-    private final Kernel sampleTruncated;
-    private final Kernel sampleFinish;
+    private final CudaKernels kernels;
     private final Tensor scaledSums;
     private final Tensor rawSums;
     private final Tensor best;
@@ -81,14 +74,7 @@ final class CudaExecutor implements StepExecutor {
         config = arena.layout().config();
         maxRows = options.maxRunning();
         int tiles = Math.ceilDiv(config.vocabSize(), TILE);
-        Map<String, String> macros = Map.of("MAX_MASKED", "" + StepLayout.MAX_MASKED);
-        samplingKernels = new KernelModule(device, "sampling.cu", macros);
-        truncationKernels = new KernelModule(device, "truncation.cu", macros);
-        markSeen = samplingKernels.kernel("markSeen");
-        samplePartial = samplingKernels.kernel("samplePartial");
-        samplePartialEdited = samplingKernels.kernel("samplePartialEdited");
-        sampleTruncated = truncationKernels.kernel("sampleTruncated");
-        sampleFinish = samplingKernels.kernel("sampleFinish");
+        kernels = new CudaKernels(device, config, options, CudaDecoder.split(config));
         try (Scope scope = Scope.open()) {
             scaledSums = floats(2L * maxRows * tiles);
             rawSums = floats(2L * maxRows * tiles);
@@ -98,7 +84,7 @@ final class CudaExecutor implements StepExecutor {
             seen = Tensor.zeros(device, DType.INT32, 1).keep();
         }
         input = new CudaStepInput(device, options, tableWidth(config, options), CudaDecoder.tileQueries(config), DEPTH);
-        decoder = new CudaDecoder(arena, cache, device, options, input, lastToken);
+        decoder = new CudaDecoder(arena, cache, device, options, kernels, input, lastToken);
         for (int i = 0; i < DEPTH; i++) {
             resultHalves[i] = new PinnedMemory(device, 8L * maxRows);
             done[i] = new CudaEvent(device, false);
@@ -183,7 +169,7 @@ final class CudaExecutor implements StepExecutor {
         if (penalises) {
             mark(plan, requests);
         }
-        Kernel partial = input.layout().edits() ? samplePartialEdited : samplePartial;
+        Kernel partial = input.layout().edits() ? kernels.samplePartialEdited : kernels.samplePartial;
         int vocabulary = config.vocabSize();
         long tokens = results.address();
         long logprobs = results.address() + 4L * maxRows;
@@ -191,11 +177,11 @@ final class CudaExecutor implements StepExecutor {
                 decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.address(Field.MASKED),
                 scaledSums.address(), rawSums.address(), best.address());
         if (input.layout().truncates()) {
-            sampleTruncated.launch(device, Grid.of(pairs, 512), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS),
+            kernels.sampleTruncated.launch(device, Grid.of(pairs, 512), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS),
                     decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.address(Field.MASKED),
                     scaledSums.address(), rawSums.address(), tokens, logprobs, lastToken.address());
         }
-        sampleFinish.launch(device, Grid.of(pairs, 128), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS), decoder.logitsAddress(),
+        kernels.sampleFinish.launch(device, Grid.of(pairs, 128), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS), decoder.logitsAddress(),
                 decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(), best.address(), slices,
                 tokens, logprobs, lastToken.address());
     }
@@ -225,7 +211,7 @@ final class CudaExecutor implements StepExecutor {
         }
         MemorySegment.copy(starts, 0, list, JAVA_INT, 4L * (1 + pairs), pairs + 1);
         Tensor marks = host.on(device);
-        markSeen.launch(device, Grid.of(pairs, 256), seen.address(), config.vocabSize(), marks.address() + 4,
+        kernels.markSeen.launch(device, Grid.of(pairs, 256), seen.address(), config.vocabSize(), marks.address() + 4,
                 marks.address() + 4L * (1 + pairs), marks.address() + 4L * (2 + 2 * pairs), marks.address());
     }
 
@@ -250,8 +236,7 @@ final class CudaExecutor implements StepExecutor {
         graphs.values().forEach(CudaGraph::close);
         decoder.close();
         input.close();
-        samplingKernels.close();
-        truncationKernels.close();
+        kernels.close();
         Arrays.stream(resultHalves).forEach(PinnedMemory::close);
         Arrays.stream(done).forEach(CudaEvent::close);
         for (Tensor t : new Tensor[] {scaledSums, rawSums, best, results, lastToken, seen}) {

@@ -5,6 +5,7 @@ import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.KernelModule.Source;
 import java.util.Map;
 
 /**
@@ -33,7 +34,7 @@ final class FewRows implements AutoCloseable {
     FewRows(Device device, int rows) {
         this.device = device;
         multiprocessors = Cuda.multiprocessors(device);
-        module = new KernelModule(device, "few_rows.cu", Map.of("ROWS", "" + rows, "DEPENDENT_LAUNCH", "1"));
+        module = KernelModule.load(device, new Source("few_rows.cu", Map.of("ROWS", "" + rows, "DEPENDENT_LAUNCH", "1")));
         multiply = module.kernel("multiply");
         multiplyToFloat = module.kernel("multiplyToFloat");
         multiplyGated = module.kernel("multiplyGated");

@@ -1,0 +1,91 @@
+package dev.tandem.generation;
+
+import dev.tandem.device.Device;
+import dev.tandem.device.KernelModule;
+import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.KernelModule.Source;
+import dev.tandem.model.Activation;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.model.Norm;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+
+/** The kernels of a step, specialised for a model. The owner closes them when nothing runs. */
+final class CudaKernels implements AutoCloseable {
+    private final List<KernelModule> modules;
+    final Kernel resolveTokens;
+    final Kernel embed;
+    final Kernel residualNorm;
+    final Kernel gatherNorm;
+    final Kernel rotateAndWrite;
+    final Kernel activate;
+    final Kernel planDecode;
+    final Kernel decodeAttention;
+    final Kernel prefillAttention;
+    final Kernel markSeen;
+    final Kernel samplePartial;
+    final Kernel samplePartialEdited;
+    final Kernel sampleFinish;
+    final Kernel sampleTruncated;
+
+    /**
+     * Compiles and loads them.
+     *
+     * @param split tokens that one block of the decode attention attends to
+     * @throws dev.tandem.device.TandemException when a kernel cannot be compiled; nothing is held then
+     */
+    CudaKernels(Device device, ModelConfig config, GeneratorOptions options, int split) {
+        Map<String, String> shape = Map.of("HEAD_DIM", "" + config.headDim(), "HEADS", "" + config.heads(),
+                "KV_HEADS", "" + config.kvHeads(), "BLOCK_SIZE", "" + options.blockSize());
+        Map<String, String> layer = Map.of(
+                "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
+                "POST_NORM", "0",
+                "FINAL_NORM", "1",
+                "GATED", config.gatedMlp() ? "1" : "0",
+                "ACTIVATION", "" + activation(config.activation()),
+                "WRITE_BACK", "0");
+        Map<String, String> sampling = Map.of("MAX_MASKED", "" + StepLayout.MAX_MASKED);
+        modules = KernelModule.load(device, List.of(
+                new Source("step.cu", Map.of()),
+                new Source("layer.cu", both(shape, layer)),
+                new Source("decode_attention.cu", both(shape, Map.of("SPLIT", "" + split))),
+                new Source("prefill_attention.cu", shape),
+                new Source("sampling.cu", sampling),
+                new Source("truncation.cu", sampling)));
+        resolveTokens = modules.get(0).kernel("resolveTokens");
+        embed = modules.get(1).kernel("embed");
+        residualNorm = modules.get(1).kernel("residualNorm");
+        gatherNorm = modules.get(1).kernel("gatherNorm");
+        rotateAndWrite = modules.get(1).kernel("rotateAndWrite");
+        activate = modules.get(1).kernel("activate");
+        planDecode = modules.get(2).kernel("planDecode");
+        decodeAttention = modules.get(2).kernel("decodeAttention");
+        prefillAttention = modules.get(3).kernel("prefillAttention");
+        markSeen = modules.get(4).kernel("markSeen");
+        samplePartial = modules.get(4).kernel("samplePartial");
+        samplePartialEdited = modules.get(4).kernel("samplePartialEdited");
+        sampleFinish = modules.get(4).kernel("sampleFinish");
+        sampleTruncated = modules.get(5).kernel("sampleTruncated");
+    }
+
+    private static Map<String, String> both(Map<String, String> a, Map<String, String> b) {
+        Map<String, String> all = new HashMap<>(a);
+        all.putAll(b);
+        return all;
+    }
+
+    private static int activation(Activation activation) {
+        return switch (activation) {
+            case SILU -> 0;
+            case RELU -> 1;
+            case GELU -> 2;
+            case GELU_TANH -> 3;
+        };
+    }
+
+    @Override
+    public void close() {
+        modules.forEach(KernelModule::close);
+    }
+}
