@@ -15,6 +15,7 @@ import dev.tandem.model.Positions;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import java.util.HashMap;
+import java.util.List;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
@@ -45,21 +46,22 @@ final class CudaDecoder implements AutoCloseable {
     private final int maxRows;
     private final int maxItems;
     private final CublasLt products;
-    /** The products of a decoding step, by its number of rows. */
+    /** How decoding steps multiply, by their number of rows. */
     private final Map<Integer, Products> tuned = new HashMap<>();
 
-    private final Map<Integer, FewRows> few = new HashMap<>();
-
-    private record Products(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
-            CublasLt.Product head) {
-        void close() {
-            qkv.close();
-            output.close();
-            widen.close();
-            narrow.close();
-            head.close();
-        }
+    /** out = x times the transpose of a weight, all at these addresses. */
+    private interface Product {
+        void run(long x, long weight, long out);
     }
+
+    /**
+     * The products of a decoding step.
+     *
+     * @param widen to the feed-forward block's width; with the activation when {@code activates}
+     * @param close gives back what they hold
+     */
+    private record Products(Product qkv, Product output, Product widen, boolean activates, Product narrow, Product head,
+            List<Runnable> close) {}
 
     private final Tensor residual;
     private final Tensor normed;
@@ -193,7 +195,10 @@ final class CudaDecoder implements AutoCloseable {
         return activations * DType.BFLOAT16.bytes() + (floats + tables) * Float.BYTES + CublasLt.WORKSPACE;
     }
 
-    /** {@return tokens that one block attends to} Longer rows are cut. Shorter pieces answer sooner at batch 1 and cost more at batch 256. */
+    /**
+     * {@return tokens that one block attends to} Longer rows are cut. Shorter pieces answer sooner at batch 1 and cost bandwidth at
+     * batch 256.
+     */
     static int split(ModelConfig config) {
         return config.kvHeads() <= 2 ? 2048 : 1024;
     }
@@ -210,27 +215,45 @@ final class CudaDecoder implements AutoCloseable {
 
     /** Chooses how a decoding step of that many rows multiplies. Buffers are overwritten. */
     void tune(int rows) {
-        if (FEW_ROWS && rows <= FewRows.MOST) {
-            few.computeIfAbsent(rows, r -> new FewRows(device, r));
-            return;
+        if (!tuned.containsKey(rows)) {
+            tuned.put(rows, FEW_ROWS && rows <= FewRows.MOST ? fewRows(rows) : timed(rows));
         }
-        if (tuned.containsKey(rows)) {
-            return;
-        }
-        int all = (config.heads() + 2 * config.kvHeads()) * config.headDim();
-        int attention = config.heads() * config.headDim();
-        ParameterRole up = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
-        int wide = config.intermediateSize() * (config.gatedMlp() ? 2 : 1);
-        tuned.put(rows, new Products(
-                tune(rows, all, config.hiddenSize(), normed, ParameterRole.Q_WEIGHT, qkv),
-                tune(rows, config.hiddenSize(), attention, attended, ParameterRole.O_WEIGHT, projected),
-                tune(rows, wide, config.hiddenSize(), normed, up, widened),
-                tune(rows, config.hiddenSize(), config.intermediateSize(), activated, ParameterRole.DOWN_WEIGHT, projected),
-                products.tune(rows, config.vocabSize(), config.hiddenSize(), hidden.address(),
-                        new long[] {arena.logitMatrix().address()}, logits.address(), rowStride(config), DType.FLOAT32)));
     }
 
-    private CublasLt.Product tune(int rows, int n, int k, Tensor x, ParameterRole role, Tensor out) {
+    private Products fewRows(int rows) {
+        FewRows by = new FewRows(device, rows);
+        int width = config.hiddenSize();
+        int inner = config.intermediateSize();
+        boolean activates = config.gatedMlp() && config.activation() == Activation.SILU && !config.mlpBias();
+        return new Products(
+                (x, weight, out) -> by.multiply(x, weight, out, width, allHeads()),
+                (x, weight, out) -> by.multiply(x, weight, out, config.heads() * config.headDim(), width),
+                (x, weight, out) -> {
+                    if (activates) {
+                        by.multiplyGated(x, weight, activated.address(), width, inner);
+                    } else {
+                        by.multiply(x, weight, out, width, widened());
+                    }
+                },
+                activates,
+                (x, weight, out) -> by.multiply(x, weight, out, inner, width),
+                (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), rowStride(config)),
+                List.of(by::close));
+    }
+
+    private Products timed(int rows) {
+        int width = config.hiddenSize();
+        CublasLt.Product attention = timed(rows, allHeads(), width, normed, ParameterRole.Q_WEIGHT, qkv);
+        CublasLt.Product output = timed(rows, width, config.heads() * config.headDim(), attended, ParameterRole.O_WEIGHT, projected);
+        CublasLt.Product widen = timed(rows, widened(), width, normed, widenRole(), widened);
+        CublasLt.Product narrow = timed(rows, width, config.intermediateSize(), activated, ParameterRole.DOWN_WEIGHT, projected);
+        CublasLt.Product head = products.tune(rows, config.vocabSize(), width, hidden.address(),
+                new long[] {arena.logitMatrix().address()}, logits.address(), rowStride(config), DType.FLOAT32);
+        return new Products(attention::run, output::run, widen::run, false, narrow::run, head::run,
+                List.of(attention::close, output::close, widen::close, narrow::close, head::close));
+    }
+
+    private CublasLt.Product timed(int rows, int n, int k, Tensor x, ParameterRole role, Tensor out) {
         long[] weights = new long[config.layers()];
         for (int layer = 0; layer < weights.length; layer++) {
             weights[layer] = arena.layer(layer).weight(role).address();
@@ -238,15 +261,24 @@ final class CudaDecoder implements AutoCloseable {
         return products.tune(rows, n, k, x.address(), weights, out.address(), n, DType.BFLOAT16);
     }
 
-    /** {@code out} = {@code x} times the transpose of a weight, the first {@code rows} rows. */
-    private void multiply(CublasLt.@Nullable Product product, Tensor x, Tensor weight, Tensor out, int rows, boolean decodes) {
-        FewRows fewRows = decodes ? few.get(rows) : null;
-        if (fewRows != null) {
-            fewRows.multiply(x.address(), weight.address(), out.address(), (int) weight.size(1), (int) weight.size(0));
-        } else if (product == null) {
+    private int allHeads() {
+        return (config.heads() + 2 * config.kvHeads()) * config.headDim();
+    }
+
+    private int widened() {
+        return config.intermediateSize() * (config.gatedMlp() ? 2 : 1);
+    }
+
+    private ParameterRole widenRole() {
+        return config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
+    }
+
+    /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight; by libtorch where no product is chosen. */
+    private static void multiply(@Nullable Product by, Tensor x, Tensor weight, Tensor out, int rows) {
+        if (by == null) {
             out.narrow(0, 0, rows).setLinear(x.narrow(0, 0, rows), weight);
         } else {
-            product.run(x.address(), weight.address(), out.address());
+            by.run(x.address(), weight.address(), out.address());
         }
     }
 
@@ -261,15 +293,12 @@ final class CudaDecoder implements AutoCloseable {
      */
     void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted) {
         try (Scope scope = Scope.open()) {
+            long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
+            long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
+            long slots = input.address(decodes ? Field.ROW_SLOT : Field.TOKEN_SLOT);
             long count = input.countAddress(StepLayout.TOKENS);
-            int width = config.hiddenSize();
-            Grid rows = rowGrid(tokens, width);
-            kernels.resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), lastToken.address(), count);
-            WeightGroup embedding = arena.embedding();
-            int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
-            kernels.embed.launch(device, rows, input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS), input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS),
-                    address(embedding.find(ParameterRole.EMBED_TOKENS)), address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset,
-                    residual.address(), width, count);
+            Grid rows = rowGrid(tokens, config.hiddenSize());
+            embed(rows, tokens, ids, positions, count);
             if (decodeRows > 0) {
                 kernels.planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
                         input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, work.address(), workCount());
@@ -281,34 +310,33 @@ final class CudaDecoder implements AutoCloseable {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
                     norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-                    multiply(by == null ? null : by.qkv, normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens, decodes);
-                    attend(layer, w, tokens, decodes, decodeRows, tiles);
-                    multiply(by == null ? null : by.output, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens, decodes);
+                    multiply(by == null ? null : by.qkv, normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens);
+                    rotate(layer, w, tokens, positions, slots, count);
+                    attend(layer, decodeRows, tiles);
+                    multiply(by == null ? null : by.output, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
                     norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                             ParameterRole.MLP_NORM_BIAS);
-                    widen(w, tokens, by, decodes);
-                    multiply(by == null ? null : by.narrow, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens, decodes);
+                    multiply(by == null ? null : by.widen, normed, w.weight(widenRole()), widened, tokens);
+                    if (by == null || !by.activates) {
+                        activate(w, tokens, count);
+                    }
+                    multiply(by == null ? null : by.narrow, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
                     addend = projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
             }
             if (wanted > 0) {
-                WeightGroup head = arena.head();
-                kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
-                        address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
-                        hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
-                FewRows fewRows = decodes ? few.get(wanted) : null;
-                if (fewRows != null) {
-                    fewRows.multiplyToFloat(hidden.address(), arena.logitMatrix().address(), logits.address(), config.hiddenSize(),
-                            config.vocabSize(), rowStride(config));
-                } else if (by != null && wanted == tokens) {
-                    by.head.run(hidden.address(), arena.logitMatrix().address(), logits.address());
-                } else {
-                    logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize())
-                            .setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
-                }
+                head(wanted, addend, addendBias, by);
             }
         }
+    }
+
+    private void embed(Grid rows, int tokens, long ids, long positions, long count) {
+        kernels.resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), ids, lastToken.address(), count);
+        WeightGroup embedding = arena.embedding();
+        int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
+        kernels.embed.launch(device, rows, ids, positions, address(embedding.find(ParameterRole.EMBED_TOKENS)),
+                address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset, residual.address(), config.hiddenSize(), count);
     }
 
     private void norm(Grid rows, long addend, long addendBias, WeightGroup w, ParameterRole weight, ParameterRole bias) {
@@ -316,40 +344,48 @@ final class CudaDecoder implements AutoCloseable {
                 normed.address(), config.hiddenSize(), (float) config.normEps(), input.countAddress(StepLayout.TOKENS));
     }
 
-    private void attend(int layer, WeightGroup w, int tokens, boolean decodes, int decodeRows, int tiles) {
+    private void rotate(int layer, WeightGroup w, int tokens, long positions, long slots, long count) {
         int lanes = config.headDim() == 64 ? 4 : config.headDim() <= 128 ? 8 : 16;
         int units = (config.heads() + 2 * config.kvHeads() + 1) / 2;
-        float scale = (float) (1 / Math.sqrt(config.headDim()));
         kernels.rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
                 qkv.address(), address(w.find(ParameterRole.Q_BIAS)), address(w.find(ParameterRole.Q_NORM)),
-                address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines),
-                input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS), input.address(decodes ? Field.ROW_SLOT : Field.TOKEN_SLOT), input.address(Field.TABLES), input.tableWidth(), pages,
-                layer, config.layers(), query.address(), input.countAddress(StepLayout.TOKENS));
+                address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines), positions, slots,
+                input.address(Field.TABLES), input.tableWidth(), pages, layer, config.layers(), query.address(), count);
+    }
+
+    private void attend(int layer, int decodeRows, int tiles) {
+        float scale = (float) (1 / Math.sqrt(config.headDim()));
+        long tables = input.address(Field.TABLES);
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
-                    input.address(Field.TABLES), input.tableWidth(), work.address(), workCount(), maxItems, partials.address(),
-                    counters.address(), scale);
+                    tables, input.tableWidth(), work.address(), workCount(), maxItems, partials.address(), counters.address(), scale);
         }
         if (tiles > 0) {
-            kernels.prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared), query.address(),
-                    attended.address(), pages, layer, config.layers(), input.address(Field.TABLES), input.tableWidth(),
+            kernels.prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared),
+                    query.address(), attended.address(), pages, layer, config.layers(), tables, input.tableWidth(),
                     input.address(Field.SEQUENCE_SLOT), input.address(Field.SEQUENCE_FIRST), input.address(Field.SEQUENCE_START),
                     input.address(Field.SEQUENCE_TOKENS), input.address(Field.TILE_SEQUENCE), input.address(Field.TILE_FIRST), scale);
         }
     }
 
-    private void widen(WeightGroup w, int tokens, @Nullable Products by, boolean decodes) {
-        ParameterRole role = config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
+    private void activate(WeightGroup w, int tokens, long count) {
         ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
-        FewRows fewRows = decodes ? few.get(tokens) : null;
-        if (fewRows != null && config.gatedMlp() && config.activation() == Activation.SILU && w.find(bias) == null) {
-            fewRows.multiplyGated(normed.address(), w.weight(role).address(), activated.address(), config.hiddenSize(),
-                    config.intermediateSize());
-            return;
+        int width = config.intermediateSize();
+        kernels.activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * width, 4096)), 256), widened.address(),
+                address(w.find(bias)), activated.address(), width, count);
+    }
+
+    private void head(int wanted, long addend, long addendBias, @Nullable Products by) {
+        WeightGroup head = arena.head();
+        int width = config.hiddenSize();
+        kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
+                address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
+                hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
+        if (by == null) {
+            logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
+        } else {
+            by.head.run(hidden.address(), arena.logitMatrix().address(), logits.address());
         }
-        multiply(by == null ? null : by.widen, normed, w.weight(role), widened, tokens, decodes);
-        kernels.activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * config.intermediateSize(), 4096)), 256),
-                widened.address(), address(w.find(bias)), activated.address(), config.intermediateSize(), input.countAddress(StepLayout.TOKENS));
     }
 
     private int prefillThreads() {
@@ -383,8 +419,9 @@ final class CudaDecoder implements AutoCloseable {
         if (sines != null) {
             sines.close();
         }
-        tuned.values().forEach(Products::close);
-        few.values().forEach(FewRows::close);
+        for (Products each : tuned.values()) {
+            each.close.forEach(Runnable::run);
+        }
         products.close();
     }
 }

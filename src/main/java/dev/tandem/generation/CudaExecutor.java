@@ -130,7 +130,8 @@ final class CudaExecutor implements StepExecutor {
             if (input.layout().decodesOnly()) {
                 decode();
             } else {
-                decoder.forward(input.layout().tokenCount(), false, input.layout().decodeRows(), input.layout().tiles(), input.layout().wantedCount());
+                StepLayout step = input.layout();
+                decoder.forward(step.tokenCount(), false, step.decodeRows(), step.tiles(), step.wantedCount());
             }
             if (plan.sampleCount > 0) {
                 sample(plan, requests);
@@ -164,7 +165,7 @@ final class CudaExecutor implements StepExecutor {
 
     private void sample(StepPlan plan, RequestTable requests) {
         int pairs = plan.sampleCount;
-        int slices = Math.clamp(SAMPLING_BLOCKS / pairs, 1, Math.ceilDiv(Math.ceilDiv(config.vocabSize(), TILE), 4));
+        int slices = Math.clamp(SAMPLING_BLOCKS / pairs, 1, Math.ceilDiv(config.vocabSize(), 4 * TILE));
         penalises = input.layout().penalises();
         if (penalises) {
             mark(plan, requests);

@@ -148,7 +148,8 @@ final class StepLayout {
         for (int i = 0; i < rows; i++) {
             int row = order[i];
             int slot = plan.slot[row];
-            MemorySegment.copy(requests.blocks[slot], 0, memory, JAVA_INT, at(Field.TABLES) + 4L * i * tableWidth, requests.blockCount[slot]);
+            long table = at(Field.TABLES) + 4L * i * tableWidth;
+            MemorySegment.copy(requests.blocks[slot], 0, memory, JAVA_INT, table, requests.blockCount[slot]);
             if (i < decodeRows) {
                 put(memory, Field.ROW_SLOT, i, i);
                 put(memory, Field.ROW_LENGTH, i, plan.start[row] + 1);
