@@ -216,7 +216,7 @@ final class CudaDecoder implements AutoCloseable {
     /** Chooses how a decoding step of that many rows multiplies. Buffers are overwritten. */
     void tune(int rows) {
         if (!tuned.containsKey(rows)) {
-            tuned.put(rows, FEW_ROWS && rows <= FewRows.MOST ? fewRows(rows) : timed(rows));
+            tuned.put(rows, FEW_ROWS && FewRows.computes(rows) ? fewRows(rows) : timed(rows));
         }
     }
 

@@ -182,8 +182,8 @@ final class CudaExecutor implements StepExecutor {
                     decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), input.address(Field.MASKED),
                     scaledSums.address(), rawSums.address(), tokens, logprobs, lastToken.address());
         }
-        kernels.sampleFinish.launch(device, Grid.of(pairs, 128), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS), decoder.logitsAddress(),
-                decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(), best.address(), slices,
+        kernels.sampleFinish.launch(device, Grid.of(pairs, 128), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS),
+                decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(), best.address(), slices,
                 tokens, logprobs, lastToken.address());
     }
 

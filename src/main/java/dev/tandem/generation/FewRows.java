@@ -13,9 +13,6 @@ import java.util.Map;
  * speed where cuBLAS takes up to four times as long. The owner closes it.
  */
 final class FewRows implements AutoCloseable {
-    /** More rows go to cuBLAS. */
-    static final int MOST = 4;
-
     /** Elements of a weight row that a warp takes in a step; half as many where it takes two rows. */
     private static final int STEP = 256;
 
@@ -29,6 +26,11 @@ final class FewRows implements AutoCloseable {
     private final Kernel multiply;
     private final Kernel multiplyToFloat;
     private final Kernel multiplyGated;
+
+    /** {@return whether the kernels compute that many rows} */
+    static boolean computes(int rows) {
+        return rows == 1 || rows == 2 || rows == 4;
+    }
 
     /** @param rows 1, 2 or 4 */
     FewRows(Device device, int rows) {
