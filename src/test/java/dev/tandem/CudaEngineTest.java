@@ -23,7 +23,7 @@ class CudaEngineTest {
     private static final Device CUDA = Device.cuda(0);
 
     private static EngineOptions options(DType dtype) {
-        return EngineOptions.defaults().devices(CUDA).dtype(dtype).kvBytes(64 << 20).memoryLimit(8L << 30);
+        return EngineOptions.defaults().devices(CUDA).dtype(dtype).kvBytes(64 << 20).memoryLimit(32L << 30);
     }
 
     /** Both sides share bytes: what was trained to certainty is what is generated next. */
