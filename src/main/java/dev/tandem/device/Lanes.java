@@ -21,7 +21,9 @@ public final class Lanes implements AutoCloseable {
 
     private final Thread[] threads;
     private final AtomicInteger arrived = new AtomicInteger();
-    private volatile int generation;
+    /** How often all lanes have met. */
+    private volatile int meetings;
+
     /** How often {@link #run} was called; a lane starts when it changes. */
     private volatile long calls;
 
@@ -87,13 +89,13 @@ public final class Lanes implements AutoCloseable {
         if (threads.length == 0) {
             return;
         }
-        int current = generation;
+        int current = meetings;
         if (arrived.incrementAndGet() == count()) {
             arrived.set(0);
-            generation = current + 1;
+            meetings = current + 1;
             return;
         }
-        for (int spins = 0; generation == current; spins++) {
+        for (int spins = 0; meetings == current; spins++) {
             if (failure != null) {
                 throw new Left();
             }
