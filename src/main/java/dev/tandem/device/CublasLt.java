@@ -241,10 +241,8 @@ public final class CublasLt implements AutoCloseable {
         int result;
         try {
             result = call.run();
-        } catch (RuntimeException | Error e) {
-            throw e;
         } catch (Throwable e) {
-            throw new IllegalStateException(e);
+            throw ForeignCalls.rethrown(e);
         }
         if (result != 0) {
             throw new CudaException(result, name + " failed: cuBLAS status " + result);

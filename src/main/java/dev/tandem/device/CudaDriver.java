@@ -95,7 +95,7 @@ final class CudaDriver {
             check("cuDeviceGetAttribute", (int) GET_ATTRIBUTE.invokeExact(out, attribute, handle));
             return out.get(JAVA_INT, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -104,7 +104,7 @@ final class CudaDriver {
         try {
             check("cuCtxSynchronize", (int) SYNCHRONIZE.invokeExact());
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -115,7 +115,7 @@ final class CudaDriver {
             check("cuMemGetInfo", (int) MEMORY_INFO.invokeExact(out, out.asSlice(8)));
             return new long[] {out.getAtIndex(JAVA_LONG, 0), out.getAtIndex(JAVA_LONG, 1)};
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -135,7 +135,7 @@ final class CudaDriver {
             check("cuMemGetAllocationGranularity", (int) GRANULARITY.invokeExact(out, properties(arena, device), 1));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -145,7 +145,7 @@ final class CudaDriver {
             check("cuMemAddressReserve", (int) RESERVE.invokeExact(out, bytes, 0L, 0L, 0L));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -153,7 +153,7 @@ final class CudaDriver {
         try {
             check("cuMemAddressFree", (int) FREE_ADDRESSES.invokeExact(address, bytes));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -164,7 +164,7 @@ final class CudaDriver {
             check("cuMemCreate", (int) CREATE.invokeExact(out, bytes, properties(arena, device), 0L));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -172,7 +172,7 @@ final class CudaDriver {
         try {
             check("cuMemRelease", (int) RELEASE.invokeExact(handle));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -180,7 +180,7 @@ final class CudaDriver {
         try {
             check("cuMemMap", (int) MAP.invokeExact(address, bytes, 0L, handle, 0L));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -188,7 +188,7 @@ final class CudaDriver {
         try {
             check("cuMemUnmap", (int) UNMAP.invokeExact(address, bytes));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -200,7 +200,7 @@ final class CudaDriver {
             access.set(JAVA_INT, 8, MEM_ACCESS_READ_WRITE);
             check("cuMemSetAccess", (int) SET_ACCESS.invokeExact(address, bytes, access, 1L));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -211,7 +211,7 @@ final class CudaDriver {
             check("cuMemHostAlloc", (int) HOST_ALLOC.invokeExact(out, bytes, 0));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -219,7 +219,7 @@ final class CudaDriver {
         try {
             check("cuMemFreeHost", (int) HOST_FREE.invokeExact(address));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -228,7 +228,7 @@ final class CudaDriver {
         try {
             check("cuMemcpyAsync", (int) COPY.invokeExact(target, source, bytes, stream));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -236,7 +236,7 @@ final class CudaDriver {
         try {
             check("cuMemsetD8Async", (int) SET_BYTES.invokeExact(target, (byte) value, bytes, stream));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -248,7 +248,7 @@ final class CudaDriver {
             check("cuModuleLoadData", (int) LOAD_MODULE.invokeExact(out, image));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -256,7 +256,7 @@ final class CudaDriver {
         try {
             check("cuModuleUnload", (int) UNLOAD_MODULE.invokeExact(module));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -266,7 +266,7 @@ final class CudaDriver {
             check("cuModuleGetFunction(" + name + ")", (int) GET_FUNCTION.invokeExact(out, module, arena.allocateFrom(name)));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -276,7 +276,7 @@ final class CudaDriver {
             check("cuFuncSetAttribute", (int) SET_ATTRIBUTE.invokeExact(function, 8, bytes));
             check("cuFuncSetAttribute", (int) SET_ATTRIBUTE.invokeExact(function, 9, 100));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -288,7 +288,7 @@ final class CudaDriver {
                     (int) OCCUPANCY.invokeExact(out, function, threads, sharedBytes));
             return out.get(JAVA_INT, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -323,7 +323,7 @@ final class CudaDriver {
             }
             check("cuLaunchKernelEx", (int) LAUNCH.invokeExact(config, function, arguments, MemorySegment.NULL));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -333,7 +333,7 @@ final class CudaDriver {
         try {
             check("cuStreamBeginCapture", (int) BEGIN_CAPTURE.invokeExact(stream, CAPTURE_THREAD_LOCAL));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -344,7 +344,7 @@ final class CudaDriver {
             check("cuStreamEndCapture", (int) END_CAPTURE.invokeExact(stream, out));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -355,7 +355,7 @@ final class CudaDriver {
             check("cuGraphInstantiate", (int) INSTANTIATE.invokeExact(out, graph, 0L));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -363,7 +363,7 @@ final class CudaDriver {
         try {
             check("cuGraphLaunch", (int) LAUNCH_GRAPH.invokeExact(executable, stream));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -371,7 +371,7 @@ final class CudaDriver {
         try {
             check("cuGraphDestroy", (int) DESTROY_GRAPH.invokeExact(graph));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -379,7 +379,7 @@ final class CudaDriver {
         try {
             check("cuGraphExecDestroy", (int) DESTROY_EXECUTABLE.invokeExact(executable));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -387,7 +387,7 @@ final class CudaDriver {
         try {
             check("cuStreamSynchronize", (int) SYNCHRONIZE_STREAM.invokeExact(stream));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -398,7 +398,7 @@ final class CudaDriver {
             check("cuEventCreate", (int) CREATE_EVENT.invokeExact(out, timed ? 0 : 2));
             return out.get(JAVA_LONG, 0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -406,7 +406,7 @@ final class CudaDriver {
         try {
             check("cuEventRecord", (int) RECORD_EVENT.invokeExact(event, stream));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -414,7 +414,7 @@ final class CudaDriver {
         try {
             check("cuEventSynchronize", (int) WAIT_EVENT.invokeExact(event));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -423,7 +423,7 @@ final class CudaDriver {
         try {
             check("cuStreamWaitEvent", (int) STREAM_WAITS.invokeExact(stream, event, 0));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -434,7 +434,7 @@ final class CudaDriver {
             check("cuEventElapsedTime", (int) ELAPSED.invokeExact(out, start, end));
             return Float.intBitsToFloat(out.get(JAVA_INT, 0));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -442,7 +442,7 @@ final class CudaDriver {
         try {
             check("cuEventDestroy", (int) DESTROY_EVENT.invokeExact(event));
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -467,17 +467,7 @@ final class CudaDriver {
             int found = (int) GET_ERROR_NAME.invokeExact(result, out);
             return found != 0 ? "error " + result : out.get(ADDRESS, 0).reinterpret(256).getString(0);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
-    }
-
-    private static RuntimeException rethrown(Throwable e) {
-        if (e instanceof RuntimeException r) {
-            return r;
-        }
-        if (e instanceof Error error) {
-            throw error;
-        }
-        return new IllegalStateException(e);
     }
 }

@@ -53,7 +53,7 @@ final class HostVirtualMemory implements VirtualMemory {
                 throw new TandemException("could not reserve " + reserved + " bytes of addresses: errno " + ERRNO.get(state, 0L));
             }
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -110,7 +110,7 @@ final class HostVirtualMemory implements VirtualMemory {
                 throw new TandemException("could not unmap " + reserved + " bytes");
             }
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -133,7 +133,7 @@ final class HostVirtualMemory implements VirtualMemory {
                         + ERRNO.get(state, 0L));
             }
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -144,15 +144,5 @@ final class HostVirtualMemory implements VirtualMemory {
                         "this platform has no " + name + "(): KV pages need a POSIX system")),
                 descriptor,
                 Linker.Option.captureCallState("errno"));
-    }
-
-    private static RuntimeException rethrown(Throwable e) {
-        if (e instanceof RuntimeException r) {
-            return r;
-        }
-        if (e instanceof Error error) {
-            throw error;
-        }
-        return new IllegalStateException(e);
     }
 }

@@ -95,7 +95,7 @@ final class Nvrtc {
             check("nvrtcVersion", (int) version.invokeExact(out, out.asSlice(4)));
             return out.getAtIndex(JAVA_INT, 0) + "." + out.getAtIndex(JAVA_INT, 1);
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -125,7 +125,7 @@ final class Nvrtc {
                 check("nvrtcDestroyProgram", (int) destroy.invokeExact(handle));
             }
         } catch (Throwable e) {
-            throw rethrown(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 
@@ -155,15 +155,5 @@ final class Nvrtc {
         if (result != 0) {
             throw new CudaException(result, call + " failed: NVRTC error " + result);
         }
-    }
-
-    private static RuntimeException rethrown(Throwable e) {
-        if (e instanceof RuntimeException r) {
-            return r;
-        }
-        if (e instanceof Error error) {
-            throw error;
-        }
-        return new IllegalStateException(e);
     }
 }

@@ -96,10 +96,8 @@ final class SkinnyMatmul {
                 kernel().parallel.invokeExact(kernel().part, task, threads, 0);
             }
             return scope.escape(product.narrow(1, 0, m).transpose(0, 1).contiguous());
-        } catch (RuntimeException | Error e) {
-            throw e;
         } catch (Throwable e) {
-            throw new IllegalStateException(e);
+            throw ForeignCalls.rethrown(e);
         }
     }
 

@@ -1,11 +1,33 @@
 package dev.tandem.device;
 
+import java.lang.foreign.FunctionDescriptor;
+import java.lang.foreign.Linker;
+import java.lang.foreign.MemorySegment;
+import java.lang.foreign.ValueLayout;
+import java.lang.invoke.MethodHandle;
+import org.bytedeco.javacpp.Loader;
+import org.bytedeco.javacpp.Pointer;
 import org.bytedeco.openblas.global.openblas_nolapack;
 import org.bytedeco.pytorch.global.torch;
+import org.jspecify.annotations.Nullable;
 
 /** The number of cores that one libtorch operation on the CPU uses. */
 public final class Threads {
+    /** void(int) of the BLAS. Looked up once: finding it takes a thousand times as long as calling it, and lanes call it in each step. */
+    private static final @Nullable MethodHandle BLAS = blas();
+
     private Threads() {}
+
+    private static @Nullable MethodHandle blas() {
+        Natives.load();
+        Loader.load(openblas_nolapack.class);
+        try (Pointer function = Loader.addressof("openblas_set_num_threads")) {
+            return function == null || function.isNull()
+                    ? null
+                    : Linker.nativeLinker().downcallHandle(MemorySegment.ofAddress(function.address()),
+                            FunctionDescriptor.ofVoid(ValueLayout.JAVA_INT));
+        }
+    }
 
     /** {@return how many threads an operation started from this thread uses} */
     public static int perOperation() {
@@ -25,8 +47,16 @@ public final class Threads {
         }
         Natives.load();
         torch.set_num_threads(threads);
-        try (Scope _ = Scope.open()) { // the call wraps the function's address in a new native object each time
-            openblas_nolapack.blas_set_num_threads(threads);
+        if (BLAS == null) {
+            try (Scope _ = Scope.open()) { // another BLAS: the call wraps the function's address in a new native object each time
+                openblas_nolapack.blas_set_num_threads(threads);
+            }
+            return;
+        }
+        try {
+            BLAS.invokeExact(threads);
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
         }
     }
 

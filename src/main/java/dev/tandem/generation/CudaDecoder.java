@@ -213,11 +213,17 @@ final class CudaDecoder implements AutoCloseable {
         return rowStride(config);
     }
 
-    /** Chooses how a decoding step of that many rows multiplies. Buffers are overwritten. */
-    void tune(int rows) {
-        if (!tuned.containsKey(rows)) {
-            tuned.put(rows, FEW_ROWS && FewRows.computes(rows) ? fewRows(rows) : timed(rows));
+    /**
+     * Chooses how decoding steps of that many rows multiply, unless it is chosen. Buffers are overwritten then.
+     *
+     * @return whether it had not been chosen
+     */
+    boolean tune(int rows) {
+        if (tuned.containsKey(rows)) {
+            return false;
         }
+        tuned.put(rows, FEW_ROWS && FewRows.computes(rows) ? fewRows(rows) : timed(rows));
+        return true;
     }
 
     private Products fewRows(int rows) {
@@ -350,19 +356,20 @@ final class CudaDecoder implements AutoCloseable {
         kernels.rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
                 qkv.address(), address(w.find(ParameterRole.Q_BIAS)), address(w.find(ParameterRole.Q_NORM)),
                 address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines), positions, slots,
-                input.address(Field.TABLES), input.tableWidth(), pages, layer, config.layers(), query.address(), count);
+                input.address(Field.TABLES), input.layout().tableWidth(), pages, layer, config.layers(), query.address(), count);
     }
 
     private void attend(int layer, int decodeRows, int tiles) {
         float scale = (float) (1 / Math.sqrt(config.headDim()));
         long tables = input.address(Field.TABLES);
+        int width = input.layout().tableWidth();
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
-                    tables, input.tableWidth(), work.address(), workCount(), maxItems, partials.address(), counters.address(), scale);
+                    tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale);
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared),
-                    query.address(), attended.address(), pages, layer, config.layers(), tables, input.tableWidth(),
+                    query.address(), attended.address(), pages, layer, config.layers(), tables, width,
                     input.address(Field.SEQUENCE_SLOT), input.address(Field.SEQUENCE_FIRST), input.address(Field.SEQUENCE_START),
                     input.address(Field.SEQUENCE_TOKENS), input.address(Field.TILE_SEQUENCE), input.address(Field.TILE_FIRST), scale);
         }

@@ -60,7 +60,6 @@ final class CudaExecutor implements StepExecutor {
     private Tensor seen;
 
     private final Map<Integer, CudaGraph> graphs = new TreeMap<>();
-    private final Map<Integer, Boolean> warm = new TreeMap<>();
     private final PinnedMemory[] resultHalves = new PinnedMemory[DEPTH];
     private final CudaEvent[] done = new CudaEvent[DEPTH];
     private int begun;
@@ -145,16 +144,15 @@ final class CudaExecutor implements StepExecutor {
     private void decode() {
         int size = size(input.layout().rows());
         CudaGraph graph = graphs.get(size);
-        if (graph == null && warm.put(size, true) != null) {
+        if (graph == null && decoder.tune(size)) {
+            decoder.forward(size, true, size, 0, size);
+            return;
+        }
+        if (graph == null) {
             graph = CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size));
             graphs.put(size, graph);
         }
-        if (graph != null) {
-            graph.launch(device);
-        } else {
-            decoder.tune(size);
-            decoder.forward(size, true, size, 0, size);
-        }
+        graph.launch(device);
     }
 
     /** The number of rows of the graph that serves a step: a power of two up to 8, then multiples of 8. */
@@ -183,8 +181,8 @@ final class CudaExecutor implements StepExecutor {
                     scaledSums.address(), rawSums.address(), tokens, logprobs, lastToken.address());
         }
         kernels.sampleFinish.launch(device, Grid.of(pairs, 128), input.address(Field.PAIRS), input.countAddress(StepLayout.PAIRS),
-                decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(), best.address(), slices,
-                tokens, logprobs, lastToken.address());
+                decoder.logitsAddress(), decoder.logitStride(), vocabulary, seen.address(), scaledSums.address(), rawSums.address(),
+                best.address(), slices, tokens, logprobs, lastToken.address());
     }
 
     /** Sets the bits of every token that a sample with a repetition penalty has seen; its slot is the pair's number. */

@@ -17,7 +17,6 @@ import java.util.Arrays;
  */
 final class CudaStepInput implements AutoCloseable {
     private final Device device;
-    private final int tableWidth;
     private final StepLayout layout;
     private final Tensor buffer;
     private final PinnedMemory[] pinned;
@@ -30,7 +29,6 @@ final class CudaStepInput implements AutoCloseable {
      */
     CudaStepInput(Device device, GeneratorOptions options, int tableWidth, int tileQueries, int halves) {
         this.device = device;
-        this.tableWidth = tableWidth;
         layout = new StepLayout(options, tableWidth, tileQueries);
         try (Scope scope = Scope.open()) {
             buffer = Tensor.zeros(device, DType.INT32, layout.bytes() / 4).keep();
@@ -53,11 +51,6 @@ final class CudaStepInput implements AutoCloseable {
     /** {@return what the latest step holds} */
     StepLayout layout() {
         return layout;
-    }
-
-    /** {@return the width of a block table} */
-    int tableWidth() {
-        return tableWidth;
     }
 
     /** {@return the address of a field on the device} */

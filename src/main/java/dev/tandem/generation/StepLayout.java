@@ -125,6 +125,11 @@ final class StepLayout {
         return offsets[field.ordinal()];
     }
 
+    /** {@return the width of a block table} */
+    int tableWidth() {
+        return tableWidth;
+    }
+
     /** {@return the length of what a decoding step needs, from the beginning} */
     long decodeBytes() {
         return at(Field.TABLES) + 4L * rows * tableWidth;

@@ -125,17 +125,19 @@ final class StepPlan {
         int first = border(index, count);
         int end = border(index + 1, count);
         int at = 0;
+        int pair = 0; // pairs are in the order of their rows
         for (int row = 0; row < rowCount; row++) {
+            while (pair < sampleCount && sampleRow[pair] < row) {
+                pair++;
+            }
             int from = Math.max(first, at);
             int to = Math.min(end, at + granted[row]);
             boolean whole = to == at + granted[row];
             if (from < to) {
                 int own = part.addRow(slot[row], start[row] + from - at, to - from, to - from, sampled[row] && whole);
-                for (int i = 0; whole && i < sampleCount; i++) {
-                    if (sampleRow[i] == row) {
-                        part.addSample(own, sampleSlot[i], sampleEpoch[i]);
-                        part.samplePair[part.sampleCount - 1] = i;
-                    }
+                for (int i = pair; whole && i < sampleCount && sampleRow[i] == row; i++) {
+                    part.addSample(own, sampleSlot[i], sampleEpoch[i]);
+                    part.samplePair[part.sampleCount - 1] = i;
                 }
             }
             at += granted[row];
