@@ -6,6 +6,7 @@ import dev.tandem.device.ProcessMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.generation.Completion;
+import dev.tandem.generation.Generator;
 import dev.tandem.generation.Prompt;
 import dev.tandem.generation.SamplingParams;
 import dev.tandem.generation.TokenDecoder;
@@ -234,7 +235,11 @@ public final class HybridEngine implements AutoCloseable {
                     finished.accept(completion);
                 });
             }
-        } catch (RuntimeException | Error e) {
+        } catch (RuntimeException e) {
+            RuntimeException explained = model.memory().explained("generation", e);
+            model.generator().reset();
+            throw explained;
+        } catch (Error e) {
             model.generator().reset();
             throw e;
         }
@@ -397,7 +402,7 @@ public final class HybridEngine implements AutoCloseable {
     public void resizeKv(long bytes) {
         try (Occupancy.Hold hold = occupancy.enter("resizeKv")) {
             requireOpen();
-            long block = dev.tandem.generation.Generator.blockBytes(config, options.dtype(), options.generation());
+            long block = Generator.blockBytes(config, options.dtype(), options.generation());
             long blocks = bytes / block;
             if (blocks < 2 || blocks > plan.kvBlocks()) {
                 throw new IllegalArgumentException("the KV cache can have from " + 2 * block + " to " + plan.kvBlocks() * block
@@ -450,7 +455,7 @@ public final class HybridEngine implements AutoCloseable {
     private void wakeAll() {
         try {
             onEachModel(model -> {
-                long needed = plan.generation().getOrDefault(DeviceMemory.Use.KV, 0L);
+                long needed = kvBlocks * Generator.blockBytes(config, options.dtype(), options.generation());
                 long available = DeviceMemory.available(model.memory().device());
                 if (needed > available) {
                     throw new TandemException("waking needs " + needed + " bytes for KV pages, " + (needed - available)

@@ -31,7 +31,7 @@ class CudaGenerationTest {
     private static final Device CUDA = Device.cuda(0);
 
     /** Shapes of the published families, a few layers of them. */
-    private static ModelConfig config(String family) {
+    static ModelConfig config(String family) {
         return TinyModels.of(switch (family) {
             case "llama" -> """
                     {"model_type":"llama","hidden_size":576,"num_hidden_layers":3,"num_attention_heads":9,"num_key_value_heads":3,
@@ -50,7 +50,7 @@ class CudaGenerationTest {
         });
     }
 
-    private static EngineOptions options(GeneratorOptions generation) {
+    static EngineOptions options(GeneratorOptions generation) {
         return EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16).kvBytes(256 << 20).memoryLimit(16L << 30).seed(5)
                 .generation(generation);
     }

@@ -92,6 +92,22 @@ public final class DeviceMemory {
         peak = total();
     }
 
+    /**
+     * {@return what to throw for a failure: when libtorch or the driver ran out of memory, an exception that says who holds how much, else
+     * the failure itself}
+     *
+     * @param doing what was being done
+     */
+    public RuntimeException explained(String doing, RuntimeException failure) {
+        String message = failure.getMessage();
+        if (failure instanceof TandemException || message == null
+                || !(message.contains("out of memory") || message.contains("not enough memory"))) {
+            return failure;
+        }
+        return new TandemException("out of memory in %s on %s: %s%nheld by this rank:%n%s".formatted(
+                doing, device, message.lines().findFirst().orElse(""), table()), failure);
+    }
+
     /** {@return a table of uses, one a line, with held and peak MiB} */
     public synchronized String table() {
         StringBuilder text = new StringBuilder("%-12s %12s %12s%n".formatted(device, "held MiB", "peak MiB"));

@@ -112,6 +112,11 @@ public final class KernelModule implements AutoCloseable {
             this.early = early;
         }
 
+        /** {@return the same kernel, launched only when the one before it has ended} */
+        public Kernel afterPredecessor() {
+            return new Kernel(function, name, false);
+        }
+
         /** Lets each block have that many bytes of dynamic shared memory. */
         public Kernel sharedMemory(int bytes) {
             CudaDriver.allowSharedMemory(function, bytes);

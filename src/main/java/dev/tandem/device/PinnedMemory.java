@@ -7,11 +7,10 @@ public final class PinnedMemory implements AutoCloseable {
     private final MemorySegment memory;
     private boolean closed;
 
-    /** Allocates memory, all zero. */
+    /** Allocates memory; what it holds at first is not defined. */
     public PinnedMemory(Device device, long bytes) {
         Cuda.use(device);
         memory = MemorySegment.ofAddress(CudaDriver.allocatePinned(bytes)).reinterpret(bytes);
-        memory.fill((byte) 0);
     }
 
     /** {@return the memory, to read and write} */

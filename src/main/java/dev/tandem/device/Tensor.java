@@ -481,6 +481,12 @@ public final class Tensor implements AutoCloseable {
         return new Tensor(t.sqrt());
     }
 
+    /** Sets this tensor to the square root of each element of another of its shape, and allocates nothing. */
+    public Tensor setSqrt(Tensor other) {
+        torch.sqrt_out(t, other.t);
+        return this;
+    }
+
     /** Replaces each element by e to its power. */
     public Tensor expInPlace() {
         t.exp_();

@@ -8,15 +8,14 @@ import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.StepLayout.Field;
-import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.ParameterRole;
 import dev.tandem.model.Positions;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
-import java.util.HashMap;
+import java.util.ArrayDeque;
+import java.util.Deque;
 import java.util.List;
-import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -27,9 +26,6 @@ import org.jspecify.annotations.Nullable;
  * <p>Letters: T tokens of the step, E hidden size, H query heads, D head size. Confined to its rank's thread; the owner closes it.
  */
 final class CudaDecoder implements AutoCloseable {
-    /** The kernels for batch 1 to 4 have been checked against an emulation and not been run on a GPU yet: off unless asked for. */
-    private static final boolean FEW_ROWS = Boolean.getBoolean("dev.tandem.fewRows");
-
     private static final int WARPS = 4;
     private static final int TILE_ROWS = 128;
     private static final int MANY_ROWS = 512;
@@ -45,23 +41,10 @@ final class CudaDecoder implements AutoCloseable {
     private final int prefillShared;
     private final int maxRows;
     private final int maxItems;
-    private final CublasLt products;
-    /** How decoding steps multiply, by their number of rows. */
-    private final Map<Integer, Products> tuned = new HashMap<>();
+    private final CudaProducts products;
 
-    /** out = x times the transpose of a weight, all at these addresses. */
-    private interface Product {
-        void run(long x, long weight, long out);
-    }
-
-    /**
-     * The products of a decoding step.
-     *
-     * @param widen to the feed-forward block's width; with the activation when {@code activates}
-     * @param close gives back what they hold
-     */
-    private record Products(Product qkv, Product output, Product widen, boolean activates, Product narrow, Product head,
-            List<Runnable> close) {}
+    /** Closed with this, or when it cannot be completed. */
+    private final Deque<Runnable> owned = new ArrayDeque<>();
 
     private final Tensor residual;
     private final Tensor normed;
@@ -134,7 +117,6 @@ final class CudaDecoder implements AutoCloseable {
         prefillShared = (TILE_ROWS + 4 * tileKeys) * (dim + 8) * 2;
         kernels.prefillAttention.sharedMemory(prefillShared);
 
-        products = new CublasLt(device);
         int tokens = options.tokenBudget();
         maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), split(config)));
         try (Scope scope = Scope.open()) {
@@ -147,18 +129,30 @@ final class CudaDecoder implements AutoCloseable {
             widened = buffer(tokens, config.intermediateSize() * (config.gatedMlp() ? 2L : 1L));
             activated = buffer(tokens, config.intermediateSize());
             hidden = buffer(maxRows, config.hiddenSize());
-            logits = Tensor.zeros(device, DType.FLOAT32, maxRows, rowStride(config)).keep();
-            work = Tensor.zeros(device, DType.INT32, 8L * maxItems + 8).keep();
-            partials = Tensor.empty(device, DType.FLOAT32, (long) maxItems * heads * (dim + 4)).keep();
-            counters = Tensor.zeros(device, DType.INT32, (long) maxRows * kvHeads).keep();
+            logits = own(Tensor.zeros(device, DType.FLOAT32, maxRows, rowStride(config)));
+            work = own(Tensor.zeros(device, DType.INT32, 8L * maxItems + 8));
+            partials = own(Tensor.empty(device, DType.FLOAT32, (long) maxItems * heads * (dim + 4)));
+            counters = own(Tensor.zeros(device, DType.INT32, (long) maxRows * kvHeads));
             Tensor[] tables = config.positions() instanceof Positions.Rope rope ? tables(rope) : null;
-            cosines = tables == null ? null : tables[0].keep();
-            sines = tables == null ? null : tables[1].keep();
+            cosines = tables == null ? null : own(tables[0]);
+            sines = tables == null ? null : own(tables[1]);
+            products = new CudaProducts(device, arena,
+                    new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits));
+            owned.push(products::close);
+        } catch (RuntimeException | Error e) {
+            close();
+            throw e;
         }
     }
 
+    private Tensor own(Tensor made) {
+        Tensor kept = made.keep();
+        owned.push(kept::close);
+        return kept;
+    }
+
     private Tensor buffer(long rows, long width) {
-        return Tensor.zeros(device, DType.BFLOAT16, rows, width).keep();
+        return own(Tensor.zeros(device, DType.BFLOAT16, rows, width));
     }
 
     /** Elements from one row of logits to the next. */
@@ -213,74 +207,13 @@ final class CudaDecoder implements AutoCloseable {
         return rowStride(config);
     }
 
-    /**
-     * Chooses how decoding steps of that many rows multiply, unless it is chosen. Buffers are overwritten then.
-     *
-     * @return whether it had not been chosen
-     */
-    boolean tune(int rows) {
-        if (tuned.containsKey(rows)) {
-            return false;
-        }
-        tuned.put(rows, FEW_ROWS && FewRows.computes(rows) ? fewRows(rows) : timed(rows));
-        return true;
-    }
-
-    private Products fewRows(int rows) {
-        FewRows by = new FewRows(device, rows);
-        int width = config.hiddenSize();
-        int inner = config.intermediateSize();
-        boolean activates = config.gatedMlp() && config.activation() == Activation.SILU && !config.mlpBias();
-        return new Products(
-                (x, weight, out) -> by.multiply(x, weight, out, width, allHeads()),
-                (x, weight, out) -> by.multiply(x, weight, out, config.heads() * config.headDim(), width),
-                (x, weight, out) -> {
-                    if (activates) {
-                        by.multiplyGated(x, weight, activated.address(), width, inner);
-                    } else {
-                        by.multiply(x, weight, out, width, widened());
-                    }
-                },
-                activates,
-                (x, weight, out) -> by.multiply(x, weight, out, inner, width),
-                (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), rowStride(config)),
-                List.of(by::close));
-    }
-
-    private Products timed(int rows) {
-        int width = config.hiddenSize();
-        CublasLt.Product attention = timed(rows, allHeads(), width, normed, ParameterRole.Q_WEIGHT, qkv);
-        CublasLt.Product output = timed(rows, width, config.heads() * config.headDim(), attended, ParameterRole.O_WEIGHT, projected);
-        CublasLt.Product widen = timed(rows, widened(), width, normed, widenRole(), widened);
-        CublasLt.Product narrow = timed(rows, width, config.intermediateSize(), activated, ParameterRole.DOWN_WEIGHT, projected);
-        CublasLt.Product head = products.tune(rows, config.vocabSize(), width, hidden.address(),
-                new long[] {arena.logitMatrix().address()}, logits.address(), rowStride(config), DType.FLOAT32);
-        return new Products(attention::run, output::run, widen::run, false, narrow::run, head::run,
-                List.of(attention::close, output::close, widen::close, narrow::close, head::close));
-    }
-
-    private CublasLt.Product timed(int rows, int n, int k, Tensor x, ParameterRole role, Tensor out) {
-        long[] weights = new long[config.layers()];
-        for (int layer = 0; layer < weights.length; layer++) {
-            weights[layer] = arena.layer(layer).weight(role).address();
-        }
-        return products.tune(rows, n, k, x.address(), weights, out.address(), n, DType.BFLOAT16);
-    }
-
-    private int allHeads() {
-        return (config.heads() + 2 * config.kvHeads()) * config.headDim();
-    }
-
-    private int widened() {
-        return config.intermediateSize() * (config.gatedMlp() ? 2 : 1);
-    }
-
-    private ParameterRole widenRole() {
-        return config.gatedMlp() ? ParameterRole.GATE_WEIGHT : ParameterRole.UP_WEIGHT;
+    /** {@return the ways in which a decoding step of that many rows can multiply} Buffers are overwritten when they are not known yet. */
+    List<CudaProducts.Way> ways(int rows) {
+        return products.ways(rows);
     }
 
     /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight; by libtorch where no product is chosen. */
-    private static void multiply(@Nullable Product by, Tensor x, Tensor weight, Tensor out, int rows) {
+    private static void multiply(CudaProducts.@Nullable Product by, Tensor x, Tensor weight, Tensor out, int rows) {
         if (by == null) {
             out.narrow(0, 0, rows).setLinear(x.narrow(0, 0, rows), weight);
         } else {
@@ -296,8 +229,9 @@ final class CudaDecoder implements AutoCloseable {
      * @param decodeRows for how many rows the decode attention is launched
      * @param tiles of the prefill attention
      * @param wanted rows of logits
+     * @param by how a decoding step of that many tokens multiplies, or null for libtorch's products
      */
-    void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted) {
+    void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.@Nullable Way by) {
         try (Scope scope = Scope.open()) {
             long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
             long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
@@ -309,24 +243,23 @@ final class CudaDecoder implements AutoCloseable {
                 kernels.planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
                         input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, work.address(), workCount());
             }
-            Products by = decodes ? tuned.get(tokens) : null;
             long addend = 0;
             long addendBias = 0;
             for (int layer = 0; layer < config.layers(); layer++) {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
                     norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-                    multiply(by == null ? null : by.qkv, normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens);
+                    multiply(by == null ? null : by.qkv(), normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens);
                     rotate(layer, w, tokens, positions, slots, count);
                     attend(layer, decodeRows, tiles);
-                    multiply(by == null ? null : by.output, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
+                    multiply(by == null ? null : by.output(), attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
                     norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                             ParameterRole.MLP_NORM_BIAS);
-                    multiply(by == null ? null : by.widen, normed, w.weight(widenRole()), widened, tokens);
-                    if (by == null || !by.activates) {
+                    multiply(by == null ? null : by.widen(), normed, w.weight(CudaProducts.widenRole(config)), widened, tokens);
+                    if (by == null || !by.activates()) {
                         activate(w, tokens, count);
                     }
-                    multiply(by == null ? null : by.narrow, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
+                    multiply(by == null ? null : by.narrow(), activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
                     addend = projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
@@ -382,7 +315,7 @@ final class CudaDecoder implements AutoCloseable {
                 address(w.find(bias)), activated.address(), width, count);
     }
 
-    private void head(int wanted, long addend, long addendBias, @Nullable Products by) {
+    private void head(int wanted, long addend, long addendBias, CudaProducts.@Nullable Way by) {
         WeightGroup head = arena.head();
         int width = config.hiddenSize();
         kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
@@ -391,7 +324,7 @@ final class CudaDecoder implements AutoCloseable {
         if (by == null) {
             logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
         } else {
-            by.head.run(hidden.address(), arena.logitMatrix().address(), logits.address());
+            by.head().run(hidden.address(), arena.logitMatrix().address(), logits.address());
         }
     }
 
@@ -416,19 +349,7 @@ final class CudaDecoder implements AutoCloseable {
 
     @Override
     public void close() {
-        for (Tensor t : new Tensor[] {residual, normed, qkv, query, attended, projected, widened, activated, hidden, logits, work,
-            partials, counters}) {
-            t.close();
-        }
-        if (cosines != null) {
-            cosines.close();
-        }
-        if (sines != null) {
-            sines.close();
-        }
-        for (Products each : tuned.values()) {
-            each.close.forEach(Runnable::run);
-        }
-        products.close();
+        owned.forEach(Runnable::run);
+        owned.clear();
     }
 }

@@ -17,12 +17,18 @@ import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.StepLayout.Field;
+import dev.tandem.generation.StepTimeline.Part;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.WeightArena;
 import java.lang.foreign.MemorySegment;
-import java.util.Arrays;
+import java.util.ArrayDeque;
+import java.util.ArrayList;
+import java.util.Deque;
+import java.util.List;
 import java.util.Map;
 import java.util.TreeMap;
+import java.util.concurrent.ConcurrentHashMap;
+import org.jspecify.annotations.Nullable;
 
 /**
  * Runs steps on a GPU while the host plans the next one.
@@ -31,17 +37,22 @@ import java.util.TreeMap;
  * names a token that it does not know yet by the pair of the step before that samples it, and reads results one step late.
  *
  * <p>Decoding steps are launched as CUDA graphs. A graph has a fixed number of rows, so there is one for each of a few sizes (a step takes
- * the next larger one; padding rows do nothing), captured when its size is met for the second time: the first time the same launches run
- * one by one, which also lets libtorch allocate what it needs. All graphs share the buffers of {@link CudaDecoder}. Graphs hold
+ * the next larger one; padding rows do nothing), captured when its size is met first. Where there are several ways to multiply, a graph of
+ * each is timed then, and the choice holds for the life of the process, so that equal inputs go on giving equal results. All graphs share the buffers of {@link CudaDecoder}. Graphs hold
  * addresses, and those of weights, pages and buffers never change, so graphs survive sleep, wake and optimizer steps. Sampling follows
  * outside the graph, because which kernels it needs depends on the requests.
  */
 final class CudaExecutor implements StepExecutor {
     private static final int DEPTH = 2;
     private static final int TILE = 512;
+    private static final int TIMINGS = 3;
 
     /** Blocks that keep a GPU busy while it reads logits. */
     private static final int SAMPLING_BLOCKS = 1056;
+
+    private record Step(Device device, ModelConfig config, int rows) {}
+
+    private static final Map<Step, Integer> FASTEST = new ConcurrentHashMap<>();
 
     private final Device device;
     private final DeviceMemory memory;
@@ -50,6 +61,9 @@ final class CudaExecutor implements StepExecutor {
     private final CudaStepInput input;
     private final CudaDecoder decoder;
     private final int maxRows;
+
+    /** Closed with this, or when it cannot be completed. */
+    private final Deque<Runnable> owned = new ArrayDeque<>();
 
     private final CudaKernels kernels;
     private final Tensor scaledSums;
@@ -64,6 +78,7 @@ final class CudaExecutor implements StepExecutor {
     private final CudaEvent[] done = new CudaEvent[DEPTH];
     private int begun;
     private int ended;
+    private @Nullable StepTimeline timeline;
     private boolean penalises;
 
     CudaExecutor(WeightArena arena, KvCache cache, DeviceMemory memory, GeneratorOptions options) {
@@ -73,22 +88,39 @@ final class CudaExecutor implements StepExecutor {
         config = arena.layout().config();
         maxRows = options.maxRunning();
         int tiles = Math.ceilDiv(config.vocabSize(), TILE);
-        kernels = new CudaKernels(device, config, options, CudaDecoder.split(config));
         try (Scope scope = Scope.open()) {
-            scaledSums = floats(2L * maxRows * tiles);
-            rawSums = floats(2L * maxRows * tiles);
-            best = floats(2L * (SAMPLING_BLOCKS + maxRows));
-            results = Tensor.zeros(device, DType.INT32, 2L * maxRows).keep();
-            lastToken = Tensor.zeros(device, DType.INT32, maxRows).keep();
+            kernels = new CudaKernels(device, config, options, CudaDecoder.split(config));
+            owned.push(kernels::close);
+            scaledSums = own(Tensor.empty(device, DType.FLOAT32, 2L * maxRows * tiles));
+            rawSums = own(Tensor.empty(device, DType.FLOAT32, 2L * maxRows * tiles));
+            best = own(Tensor.empty(device, DType.FLOAT32, 2L * (SAMPLING_BLOCKS + maxRows)));
+            results = own(Tensor.zeros(device, DType.INT32, 2L * maxRows));
+            lastToken = own(Tensor.zeros(device, DType.INT32, maxRows));
             seen = Tensor.zeros(device, DType.INT32, 1).keep();
-        }
-        input = new CudaStepInput(device, options, tableWidth(config, options), CudaDecoder.tileQueries(config), DEPTH);
-        decoder = new CudaDecoder(arena, cache, device, options, kernels, input, lastToken);
-        for (int i = 0; i < DEPTH; i++) {
-            resultHalves[i] = new PinnedMemory(device, 8L * maxRows);
-            done[i] = new CudaEvent(device, false);
+            owned.push(() -> seen.close());
+            input = new CudaStepInput(device, options, tableWidth(config, options), CudaDecoder.tileQueries(config), DEPTH);
+            owned.push(input::close);
+            decoder = new CudaDecoder(arena, cache, device, options, kernels, input, lastToken);
+            owned.push(decoder::close);
+            for (int i = 0; i < DEPTH; i++) {
+                PinnedMemory half = new PinnedMemory(device, 8L * maxRows);
+                owned.push(half::close);
+                resultHalves[i] = half;
+                CudaEvent event = new CudaEvent(device, false);
+                owned.push(event::close);
+                done[i] = event;
+            }
+        } catch (RuntimeException | Error e) {
+            owned.forEach(Runnable::run);
+            throw e;
         }
         memory.add(Use.WORKSPACE, bytes(config, options));
+    }
+
+    private Tensor own(Tensor made) {
+        Tensor kept = made.keep();
+        owned.push(kept::close);
+        return kept;
     }
 
     /** {@return bytes that an executor holds on the device, known from the sizes alone} */
@@ -101,10 +133,6 @@ final class CudaExecutor implements StepExecutor {
 
     private static int tableWidth(ModelConfig config, GeneratorOptions options) {
         return Math.ceilDiv(config.maxPositions(), options.blockSize()) + 1;
-    }
-
-    private Tensor floats(long count) {
-        return Tensor.empty(device, DType.FLOAT32, count).keep();
     }
 
     /** A repetition penalty needs to know all tokens before, so such steps are planned when their tokens are known. */
@@ -124,35 +152,98 @@ final class CudaExecutor implements StepExecutor {
     @Override
     public void begin(StepPlan plan, RequestTable requests, long seed) {
         try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
+            mark(Part.IDLE);
             cache.copy(plan.copySource, plan.copyTarget, plan.copyCount);
             input.fill(plan, requests, seed);
+            mark(Part.INPUT);
             if (input.layout().decodesOnly()) {
                 decode();
             } else {
                 StepLayout step = input.layout();
-                decoder.forward(step.tokenCount(), false, step.decodeRows(), step.tiles(), step.wantedCount());
+                decoder.forward(step.tokenCount(), false, step.decodeRows(), step.tiles(), step.wantedCount(), null);
             }
+            mark(Part.FORWARD);
             if (plan.sampleCount > 0) {
                 sample(plan, requests);
             }
+            mark(Part.SAMPLING);
             int half = begun++ % DEPTH;
             resultHalves[half].copyFrom(device, results.address(), 8L * maxRows);
+            mark(Part.READ_BACK);
             done[half].record();
         }
+    }
+
+    private void mark(Part part) {
+        if (timeline != null) {
+            timeline.ends(part);
+        }
+    }
+
+    @Override
+    public double[] measure(boolean on) {
+        double[] seconds = new double[Part.values().length];
+        if (timeline != null) {
+            seconds = timeline.seconds();
+            timeline.close();
+        }
+        timeline = on ? new StepTimeline(device, DEPTH) : null;
+        return seconds;
     }
 
     private void decode() {
         int size = size(input.layout().rows());
         CudaGraph graph = graphs.get(size);
-        if (graph == null && decoder.tune(size)) {
-            decoder.forward(size, true, size, 0, size);
-            return;
-        }
         if (graph == null) {
-            graph = CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size));
+            // Once without a graph: then libtorch has allocated what it needs.
+            decoder.forward(size, true, size, 0, size, decoder.ways(size).getFirst());
+            graph = fastest(size);
             graphs.put(size, graph);
         }
         graph.launch(device);
+    }
+
+    /** Captures a step of that many rows in the way to multiply that is the fastest, in this process's experience. */
+    private CudaGraph fastest(int size) {
+        List<CudaProducts.Way> ways = decoder.ways(size);
+        Step step = new Step(device, config, size);
+        Integer known = FASTEST.get(step);
+        if (known != null) {
+            return captured(size, ways.get(known));
+        }
+        List<CudaGraph> graphs = new ArrayList<>();
+        try {
+            ways.forEach(way -> graphs.add(captured(size, way)));
+            float least = Float.POSITIVE_INFINITY;
+            int best = 0;
+            for (int i = 0; i < graphs.size(); i++) {
+                float time = milliseconds(graphs.get(i));
+                best = time < least ? i : best;
+                least = Math.min(least, time);
+            }
+            FASTEST.put(step, best);
+            return graphs.remove(best);
+        } finally {
+            graphs.forEach(CudaGraph::close);
+        }
+    }
+
+    private CudaGraph captured(int size, CudaProducts.Way way) {
+        return CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size, way));
+    }
+
+    /** A step may be computed several times: it reads what it does not write. */
+    private float milliseconds(CudaGraph graph) {
+        try (CudaEvent start = new CudaEvent(device, true); CudaEvent end = new CudaEvent(device, true)) {
+            graph.launch(device);
+            start.record();
+            for (int i = 0; i < TIMINGS; i++) {
+                graph.launch(device);
+            }
+            end.record();
+            end.await();
+            return end.millisecondsSince(start);
+        }
     }
 
     /** The number of rows of the graph that serves a step: a power of two up to 8, then multiples of 8. */
@@ -218,6 +309,9 @@ final class CudaExecutor implements StepExecutor {
     public void end(int count, int[] tokens, float[] logprobs) {
         int half = ended++ % DEPTH;
         done[half].await();
+        if (timeline != null) {
+            timeline.stepEnded();
+        }
         MemorySegment found = resultHalves[half].segment();
         MemorySegment.copy(found, JAVA_INT, 0, tokens, 0, count);
         MemorySegment.copy(found, JAVA_FLOAT, 4L * maxRows, logprobs, 0, count);
@@ -227,20 +321,17 @@ final class CudaExecutor implements StepExecutor {
     public void abandon() {
         Cuda.synchronize(device);
         ended = begun;
+        if (timeline != null) {
+            timeline.abandon();
+        }
     }
 
     @Override
     public void close() {
         Cuda.synchronize(device);
+        measure(false);
         graphs.values().forEach(CudaGraph::close);
-        decoder.close();
-        input.close();
-        kernels.close();
-        Arrays.stream(resultHalves).forEach(PinnedMemory::close);
-        Arrays.stream(done).forEach(CudaEvent::close);
-        for (Tensor t : new Tensor[] {scaledSums, rawSums, best, results, lastToken, seen}) {
-            t.close();
-        }
+        owned.forEach(Runnable::run);
         memory.add(Use.WORKSPACE, -memory.held(Use.WORKSPACE));
     }
 }

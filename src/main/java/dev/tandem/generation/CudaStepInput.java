@@ -6,7 +6,6 @@ import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.StepLayout.Field;
-import java.util.Arrays;
 
 /**
  * A step's input on its way to the device: laid out in pinned host memory ({@link StepLayout}), copied to the same offsets of a buffer
@@ -34,7 +33,10 @@ final class CudaStepInput implements AutoCloseable {
             buffer = Tensor.zeros(device, DType.INT32, layout.bytes() / 4).keep();
         }
         pinned = new PinnedMemory[halves];
-        Arrays.setAll(pinned, i -> new PinnedMemory(device, layout.bytes()));
+        for (int i = 0; i < halves; i++) {
+            pinned[i] = new PinnedMemory(device, layout.bytes());
+            pinned[i].segment().fill((byte) 0);
+        }
     }
 
     /** Lays out a plan and starts its copy to the device: one piece, or two when the step has prompts or held back tokens. */

@@ -32,14 +32,23 @@ final class FewRows implements AutoCloseable {
         return rows == 1 || rows == 2 || rows == 4;
     }
 
-    /** @param rows 1, 2 or 4 */
-    FewRows(Device device, int rows) {
+    /**
+     * @param rows 1, 2 or 4
+     * @param early whether weights are asked for while the kernel before still runs; it pays for small matrices and costs for large ones,
+     *     whose blocks are then spread unevenly
+     */
+    FewRows(Device device, int rows, boolean early) {
         this.device = device;
         multiprocessors = Cuda.multiprocessors(device);
-        module = KernelModule.load(device, new Source("few_rows.cu", Map.of("ROWS", "" + rows, "DEPENDENT_LAUNCH", "1")));
-        multiply = module.kernel("multiply");
-        multiplyToFloat = module.kernel("multiplyToFloat");
-        multiplyGated = module.kernel("multiplyGated");
+        module = KernelModule.load(device, new Source("few_rows.cu", Map.of("ROWS", "" + rows, "DEPENDENT_LAUNCH", early ? "1" : "0")));
+        multiply = kernel("multiply", early);
+        multiplyToFloat = kernel("multiplyToFloat", early);
+        multiplyGated = kernel("multiplyGated", early);
+    }
+
+    private Kernel kernel(String name, boolean early) {
+        Kernel kernel = module.kernel(name);
+        return early ? kernel : kernel.afterPredecessor();
     }
 
     /** out [rows, n] = x [rows, k] times the transpose of weight [n, k], all bfloat16 at these addresses. */

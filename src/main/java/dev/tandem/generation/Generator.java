@@ -160,10 +160,10 @@ public final class Generator implements AutoCloseable {
                 try {
                     return new CudaExecutor(arena, cache, memory, options);
                 } catch (TandemException e) {
-                    LOG.log(System.Logger.Level.WARNING, "generating with libtorch's operations, which is slower: {0}", e.getMessage());
+                    LOG.log(System.Logger.Level.WARNING, "generating with operations of libtorch, which is slower: {0}", e.getMessage());
                 }
             } else {
-                LOG.log(System.Logger.Level.INFO, "generating with libtorch's operations, which is slower: {0}", obstacle);
+                LOG.log(System.Logger.Level.INFO, "generating with operations of libtorch, which is slower: {0}", obstacle);
             }
         }
         return new LaneExecutor(arena, decoder, cache, memory.device(), options);
@@ -412,6 +412,27 @@ public final class Generator implements AutoCloseable {
     /** {@return where time went} */
     public StepTimes times() {
         return new StepTimes(steps, planNanos / 1e9, beginNanos / 1e9, waitNanos / 1e9, acceptNanos / 1e9);
+    }
+
+    /**
+     * Where a GPU's time went in steps; zeros where the host computes.
+     *
+     * @param idle seconds in which it had nothing to do between two steps
+     * @param input seconds copying what steps need to the device
+     * @param forward seconds from embeddings to logits
+     * @param sampling seconds drawing tokens and computing their log-probs
+     * @param readBack seconds copying tokens and log-probs to the host
+     */
+    public record DeviceTimes(double idle, double input, double forward, double sampling, double readBack) {}
+
+    /**
+     * Measures where the device's time goes, which costs a few microseconds a step, or no longer does. No sample may be under way.
+     *
+     * @return where it went since measuring began
+     */
+    public DeviceTimes measureDevice(boolean on) {
+        double[] seconds = executor.measure(on);
+        return new DeviceTimes(seconds[0], seconds[1], seconds[2], seconds[3], seconds[4]);
     }
 
     /** {@return how often a sample lost its KV pages to others} */

@@ -36,6 +36,15 @@ interface StepExecutor extends AutoCloseable {
      */
     void end(int count, int[] tokens, float[] logprobs);
 
+    /**
+     * Measures, or no longer measures, where the device's time goes; no step runs.
+     *
+     * @return seconds of each {@link StepTimeline.Part} until now since measuring began; zeros where the host computes
+     */
+    default double[] measure(boolean on) {
+        return new double[StepTimeline.Part.values().length];
+    }
+
     /** Waits for everything that runs and forgets its results, after a failure. */
     void abandon();
 

@@ -37,6 +37,7 @@ final class LayerwiseModel implements AutoCloseable {
     private final DeviceMemory memory;
     private final TrainerOptions options;
     private final dev.tandem.device.Device device;
+    private final ActivationMemory activationMemory;
     private @Nullable Tensor layerBucket;
     private @Nullable Tensor headBucket;
     private @Nullable Tensor embeddingBucket;
@@ -48,6 +49,7 @@ final class LayerwiseModel implements AutoCloseable {
         this.memory = memory;
         this.options = options;
         device = memory.device();
+        activationMemory = new ActivationMemory(arena.layout().config(), arena.dtype(), device, options);
     }
 
     /** The log-probability and entropy of every trained token, without gradients, for the innermost scope. */
@@ -136,7 +138,7 @@ final class LayerwiseModel implements AutoCloseable {
             this.batch = batch;
             placement = decoder.place(batch.positions(), batch.longest());
             attention = new PackedAttention(batch.lengths(), arena.layout().config().headDim());
-            firstRecorded = layers - options.recordedLayers(arena.layout().config(), batch.tokens().size(0), arena.dtype());
+            firstRecorded = layers - activationMemory.recordedLayers(batch.tokens().size(0));
             gradient = batch.weight();
         }
 
@@ -251,8 +253,7 @@ final class LayerwiseModel implements AutoCloseable {
         }
 
         long bytes() {
-            long tokens = batch.tokens().size(0);
-            return options.activationBytes(arena.layout().config(), tokens, arena.dtype(), layers - firstRecorded);
+            return activationMemory.bytes(batch.tokens().size(0), layers - firstRecorded);
         }
     }
 

@@ -1,6 +1,7 @@
 package dev.tandem.training;
 
 import dev.tandem.device.DType;
+import dev.tandem.device.Device;
 import dev.tandem.model.WeightLayout;
 
 /**
@@ -12,12 +13,12 @@ import dev.tandem.model.WeightLayout;
  */
 public record MemoryNeeds(long optimizer, long gradients, long activations) {
     /** {@return the needs of a rank} */
-    public static MemoryNeeds of(WeightLayout layout, DType dtype, TrainerOptions options) {
+    public static MemoryNeeds of(WeightLayout layout, DType dtype, Device device, TrainerOptions options) {
         long slice = layout.length() / layout.shards() * Float.BYTES;
         long buckets = LayerwiseModel.bucketBytes(layout, dtype);
         int tokens = options.microBatchTokens();
-        int recorded = options.recordedLayers(layout.config(), tokens, dtype);
+        ActivationMemory activations = new ActivationMemory(layout.config(), dtype, device, options);
         return new MemoryNeeds(slice * (dtype == DType.FLOAT32 ? 2 : 3), slice + buckets,
-                options.activationBytes(layout.config(), tokens, dtype, recorded));
+                activations.bytes(tokens, activations.recordedLayers(tokens)));
     }
 }

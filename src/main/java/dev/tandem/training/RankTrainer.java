@@ -16,6 +16,7 @@ public final class RankTrainer implements AutoCloseable {
     private final Collectives collectives;
     private final DeviceMemory memory;
     private final TrainerOptions options;
+    private final boolean parks;
     private final LayerwiseModel model;
     private final GradientShard gradients;
     private @Nullable ShardedAdamW optimizer;
@@ -25,8 +26,11 @@ public final class RankTrainer implements AutoCloseable {
      * @param decoder of the model
      * @param collectives of this rank
      * @param memory the device's ledger
+     * @param parks whether a GPU's optimizer state waits in host memory while {@link #rest resting}
      */
-    public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options) {
+    public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options,
+            boolean parks) {
+        this.parks = parks;
         this.arena = arena;
         this.collectives = collectives;
         this.memory = memory;
@@ -54,6 +58,8 @@ public final class RankTrainer implements AutoCloseable {
                 }
             }
             return result;
+        } catch (RuntimeException e) {
+            throw memory.explained("computing log-probabilities", e);
         }
     }
 
@@ -82,6 +88,8 @@ public final class RankTrainer implements AutoCloseable {
                 optimizer().step(gradients, lr, scale);
             }
             return new Outcome(sum, norm, finite);
+        } catch (RuntimeException e) {
+            throw memory.explained("training", e);
         } finally {
             model.releaseBuckets();
         }
@@ -114,10 +122,13 @@ public final class RankTrainer implements AutoCloseable {
         }
     }
 
-    /** Gives back what only a training phase needs; moments and masters stay. */
+    /** Gives back what only a training phase needs; moments and masters stay, or are parked. */
     public void rest() {
         gradients.release();
         model.releaseBuckets();
+        if (parks && optimizer != null) {
+            optimizer.park();
+        }
     }
 
     @Override

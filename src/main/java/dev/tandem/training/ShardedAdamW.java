@@ -1,14 +1,18 @@
 package dev.tandem.training;
 
+import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
+import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.Gradients;
+import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.parallel.Collectives;
+import java.util.Objects;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -17,7 +21,10 @@ import org.jspecify.annotations.Nullable;
  * <p>Moments are FLOAT32. In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of the slice
  * is, and its rounding is written to the arena: small updates would be lost otherwise. After the update an in-place all-gather
  * completes the arena on every rank. Work goes through in chunks that stay in the cache, so a step reads and writes each number
- * about once.
+ * about once. All memory is taken before the first weight is written: a step that runs out of memory has changed nothing.
+ *
+ * <p>The state of a GPU's slice can be parked: {@link #park} moves it to page-locked host memory, and whatever needs it next brings it
+ * back.
  *
  * <p>Confined to the rank's thread. The owner closes it.
  */
@@ -29,10 +36,13 @@ final class ShardedAdamW implements AutoCloseable {
     private final Collectives collectives;
     private final DeviceMemory memory;
     private final TrainerOptions options;
-    private final Tensor first;
-    private final Tensor second;
-    private final @Nullable Tensor master;
+    private final boolean hasMaster;
+    private final long length;
     private final long bytes;
+    /** FLOAT32 [2 or 3, slice]: first moments, second moments, masters; null while parked. */
+    private @Nullable Tensor state;
+
+    private @Nullable PinnedMemory parkingPlace;
     private long steps;
 
     ShardedAdamW(WeightArena arena, Collectives collectives, DeviceMemory memory, TrainerOptions options) {
@@ -40,23 +50,60 @@ final class ShardedAdamW implements AutoCloseable {
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        long length = arena.layout().length() / collectives.size();
-        try (Scope scope = Scope.open()) {
-            first = Tensor.zeros(memory.device(), DType.FLOAT32, length).keep();
-            second = Tensor.zeros(memory.device(), DType.FLOAT32, length).keep();
-            master = arena.dtype() == DType.FLOAT32 ? null : Tensor.empty(memory.device(), DType.FLOAT32, length).keep();
-        }
-        bytes = length * Float.BYTES * (master == null ? 2 : 3);
-        memory.add(Use.OPTIMIZER, bytes);
+        hasMaster = arena.dtype() != DType.FLOAT32;
+        length = arena.layout().length() / collectives.size();
+        bytes = length * Float.BYTES * parts();
+        allocate().fillInPlace(0);
         refreshMaster();
+    }
+
+    private int parts() {
+        return hasMaster ? 3 : 2;
+    }
+
+    private Tensor allocate() {
+        try (Scope scope = Scope.open()) {
+            Tensor made = Tensor.empty(memory.device(), DType.FLOAT32, parts(), length).keep();
+            memory.add(Use.OPTIMIZER, bytes);
+            state = made;
+            return made;
+        }
+    }
+
+    /** Moves the state to the host, where it stays until it is needed. */
+    void park() {
+        Tensor present = state;
+        if (present == null) {
+            return;
+        }
+        Device device = memory.device();
+        PinnedMemory place = parkingPlace == null ? new PinnedMemory(device, bytes) : parkingPlace;
+        parkingPlace = place;
+        place.copyFrom(device, present.address(), bytes);
+        Cuda.synchronize(device);
+        present.close();
+        state = null;
+        memory.add(Use.OPTIMIZER, -bytes);
+    }
+
+    /** The state, brought back if it was parked. */
+    private Tensor present() {
+        Tensor present = state;
+        PinnedMemory place = parkingPlace;
+        if (present == null && place != null) {
+            present = allocate();
+            place.copyTo(memory.device(), present.address(), 0, bytes);
+        }
+        return Objects.requireNonNull(present);
     }
 
     /** Takes the master weights from the arena again, after weights were loaded into it. */
     void refreshMaster() {
-        if (master != null) {
+        if (hasMaster) {
             try (Scope scope = Scope.open()) {
+                Tensor master = present().select(0, 2);
                 for (WeightGroup group : arena.groups()) {
-                    state(master, group).copyInPlace(own(group));
+                    slice(master, group).copyInPlace(own(group));
                 }
             }
         }
@@ -69,21 +116,26 @@ final class ShardedAdamW implements AutoCloseable {
      * @param scale factor of the gradients, for clipping
      */
     void step(GradientShard gradients, double lr, double scale) {
-        steps++;
-        long chunkSize = memory.device().isCpu() ? CHUNK : CUDA_CHUNK;
-        double correction1 = 1 - Math.pow(options.beta1(), steps);
-        double correction2 = Math.sqrt(1 - Math.pow(options.beta2(), steps));
-        try (Gradients off = Gradients.disabled()) {
+        long chunkSize = Math.min(length, memory.device().isCpu() ? CHUNK : CUDA_CHUNK);
+        double correction1 = 1 - Math.pow(options.beta1(), steps + 1);
+        double correction2 = Math.sqrt(1 - Math.pow(options.beta2(), steps + 1));
+        try (Gradients off = Gradients.disabled(); Scope step = Scope.open()) {
+            Tensor moments = present();
+            Tensor first = moments.select(0, 0);
+            Tensor second = moments.select(0, 1);
+            Tensor master = hasMaster ? moments.select(0, 2) : null;
+            Tensor scratch = Tensor.empty(memory.device(), DType.FLOAT32, chunkSize);
+            steps++;
             for (WeightGroup group : arena.groups()) {
-                long length = group.length() / collectives.size();
-                long start = length * collectives.rank();
+                long slice = group.length() / collectives.size();
+                long start = slice * collectives.rank();
                 try (Scope scope = Scope.open()) {
                     Tensor own = own(group);
-                    Tensor weights = master == null ? own : state(master, group);
+                    Tensor weights = master == null ? own : slice(master, group);
                     Tensor gradient = gradients.slice(group);
-                    Tensor m = state(first, group);
-                    Tensor v = state(second, group);
-                    group.runs(start, start + length, (from, to, decays) -> {
+                    Tensor m = slice(first, group);
+                    Tensor v = slice(second, group);
+                    group.runs(start, start + slice, (from, to, decays) -> {
                         for (long at = from - start; at < to - start; at += chunkSize) {
                             long n = Math.min(chunkSize, to - start - at);
                             try (Scope chunk = Scope.open()) {
@@ -99,7 +151,8 @@ final class ShardedAdamW implements AutoCloseable {
                                 }
                                 mean.lerpInPlace(g, 1 - options.beta1());
                                 square.mulInPlace(options.beta2()).addProductInPlace(g, g, 1 - options.beta2());
-                                Tensor denominator = square.sqrt().mulInPlace(1 / correction2).addInPlace(options.epsilon());
+                                Tensor denominator = scratch.narrow(0, 0, n).setSqrt(square)
+                                        .mulInPlace(1 / correction2).addInPlace(options.epsilon());
                                 w.addQuotientInPlace(mean, denominator, -lr / correction1);
                                 if (master != null) {
                                     own.narrow(0, at, n).copyInPlace(w);
@@ -123,17 +176,19 @@ final class ShardedAdamW implements AutoCloseable {
         return group.flat().narrow(0, length * collectives.rank(), length);
     }
 
-    private Tensor state(Tensor of, WeightGroup group) {
+    private Tensor slice(Tensor of, WeightGroup group) {
         return of.narrow(0, group.offset() / collectives.size(), group.length() / collectives.size());
     }
 
     @Override
     public void close() {
-        first.close();
-        second.close();
-        if (master != null) {
-            master.close();
+        if (state != null) {
+            state.close();
+            state = null;
+            memory.add(Use.OPTIMIZER, -bytes);
         }
-        memory.add(Use.OPTIMIZER, -bytes);
+        if (parkingPlace != null) {
+            parkingPlace.close();
+        }
     }
 }

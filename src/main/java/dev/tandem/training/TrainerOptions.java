@@ -1,8 +1,5 @@
 package dev.tandem.training;
 
-import dev.tandem.device.DType;
-import dev.tandem.model.ModelConfig;
-
 /**
  * How to train.
  *
@@ -86,26 +83,5 @@ public record TrainerOptions(LearningRate lr, double beta1, double beta2, double
 
     boolean decays(boolean matrix) {
         return weightDecay > 0 && (matrix || decayAll);
-    }
-
-    /** {@return how many layers' graphs fit into the activation budget} */
-    int recordedLayers(ModelConfig config, long tokens, DType dtype) {
-        return (int) Math.min(config.layers(), activationBudget / layerBytes(config, tokens, dtype));
-    }
-
-    /** {@return the bytes that a micro-batch keeps: inputs of all layers, graphs of some or at least one, one chunk of logits} */
-    long activationBytes(ModelConfig config, long tokens, DType dtype, int recordedLayers) {
-        long inputs = (config.layers() + 1L) * tokens * config.hiddenSize() * dtype.bytes();
-        long logits = Math.min(logitBytes, tokens * config.vocabSize() * Float.BYTES);
-        return inputs + Math.max(1, recordedLayers) * layerBytes(config, tokens, dtype) + 2 * logits;
-    }
-
-    /** What automatic differentiation keeps of one layer: norms, q, k, v and their rotation, repeated k and v, the MLP. */
-    private static long layerBytes(ModelConfig config, long tokens, DType dtype) {
-        long width = (long) config.heads() * config.headDim();
-        long kvWidth = (long) config.kvHeads() * config.headDim();
-        long perToken = 8L * config.hiddenSize() + 5 * width + 3 * kvWidth
-                + (config.gatedMlp() ? 4L : 2L) * config.intermediateSize();
-        return tokens * perToken * dtype.bytes();
     }
 }

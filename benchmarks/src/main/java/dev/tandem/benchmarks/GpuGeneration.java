@@ -24,6 +24,7 @@ import org.apache.commons.math3.random.MersenneTwister;
  * GpuGeneration SHAPE tpot     milliseconds a token at batch 1
  * GpuGeneration SHAPE long     256 requests of 1,024 tokens in and 1,024 out: output tokens/s
  * GpuGeneration SHAPE step     a decoding step at short contexts, where attention costs nothing: what everything else costs
+ * GpuGeneration SHAPE timeline what the device does in a step: idle, input, forward, sampling, read-back
  * GpuGeneration SHAPE profile1, profile256   a few such steps, to run under a profiler
  * GpuGeneration SHAPE switch   sleep and wake with 8, 32, 64 GiB of KV
  * </pre>
@@ -51,6 +52,7 @@ final class GpuGeneration {
                     case "long" -> longOutputs(engine, shape);
                     case "switch" -> phases(engine, shape);
                     case "step" -> step(engine, shape);
+                    case "timeline" -> timelines(engine, shape);
                     case "profile1" -> run(engine, shortRequests(1, 12));
                     case "profile256" -> run(engine, shortRequests(REQUESTS, 12));
                     default -> throw new IllegalArgumentException("unknown workload " + workload);
@@ -153,12 +155,15 @@ final class GpuGeneration {
                     sleeps[0], sleeps[4], wakes[2], wakes[0], wakes[4], returned / 0x1p30);
             engine.sleep();
         }
+        engine.wake();
+        engine.resizeKv(8L << 30);
+        engine.sleep();
         long start = System.nanoTime();
         for (int i = 0; i < CYCLES; i++) {
             engine.wake();
             engine.sleep();
         }
-        say("%s: %d cycles in %.1f s, asleep %d MiB free before and %d MiB after; in use beside weights %.2f GiB", shape, CYCLES,
+        say("%s: %d cycles of 8 GiB in %.1f s, asleep %d MiB free before and %d MiB after; in use beside weights %.2f GiB", shape, CYCLES,
                 seconds(start), asleep >> 20, Cuda.free(device) >> 20,
                 (Cuda.total(device) - Cuda.free(device) - engine.plan().generation().get(Use.WEIGHTS)) / 0x1p30);
         engine.wake();
@@ -184,6 +189,35 @@ final class GpuGeneration {
             double each = 1e6 / times.steps();
             say("%s step of %d rows: %.1f µs; host: plan %.1f, begin %.1f, wait %.1f, accept %.1f µs", shape, rows, whole * each,
                     times.plan() * each, times.begin() * each, times.waiting() * each, times.accept() * each);
+            timeline(engine, shape + ", short contexts", requests);
+        }
+    }
+
+    /** What the device does in a step, on average. */
+    private static void timeline(HybridEngine engine, String name, List<Prompt> requests) {
+        var before = engine.onEachRank(rank -> {
+            rank.generator().measureDevice(true);
+            return rank.generator().times();
+        }).getFirst();
+        run(engine, requests);
+        double each = 1e6 / engine.onEachRank(rank -> rank.generator().times()).getFirst().since(before).steps();
+        var device = engine.onEachRank(rank -> rank.generator().measureDevice(false)).getFirst();
+        say("%s, %d requests, device: idle %.1f, input %.1f, forward %.1f, sampling %.1f, read-back %.1f µs a step", name, requests.size(),
+                device.idle() * each, device.input() * each, device.forward() * each, device.sampling() * each, device.readBack() * each);
+    }
+
+    /** A decoding step in the middle of long answers, on the host and on the device. */
+    private static void timelines(HybridEngine engine, String shape) {
+        for (int rows : new int[] {1, 64, REQUESTS}) {
+            PythonRandom random = new PythonRandom(rows);
+            List<Prompt> requests = new ArrayList<>();
+            for (int i = 0; i < rows; i++) {
+                int[] tokens = new int[512];
+                Arrays.setAll(tokens, t -> random.between(0, 10_000));
+                requests.add(prompt(i, tokens, 256));
+            }
+            run(engine, requests);
+            timeline(engine, shape + ", contexts of 512 to 768", requests);
         }
     }
 
