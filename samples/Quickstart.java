@@ -27,12 +27,14 @@ import picocli.CommandLine.Option;
 // generation, use one copy of the weights.
 
 static final int WARM_UP_STEPS = 240;
-static final int PRACTICE_STEPS = 50;
 static final int MAX_TOKENS = 12;
 static final SamplingParams GREEDY = SamplingParams.greedy().maxTokens(MAX_TOKENS);
 
 @Option(names = "--seed", description = "of weights, problems and samples (default: 0)")
 long seed;
+
+@Option(names = "--steps", description = "of reinforcement learning (default: 50)")
+int practiceSteps = 50;
 
 @Option(names = "--out", description = "where the model and the chart go (default: out/quickstart)")
 Path out = Path.of("out", "quickstart");
@@ -85,7 +87,7 @@ void main(String[] args) throws IOException {
     Tokenizer tokenizer = Tokenizer.open(model);
     ModelConfig config = ModelConfig.qwen3(tokenizer.vocabSize(), 64, 2, 4, 4, 256, 64)
             .withSpecialTokens(tokenizer.bosTokenId(), List.of(tokenizer.eosTokenId()), tokenizer.padTokenId());
-    LearningRate rate = LearningRate.linear(2e-3, WARM_UP_STEPS + PRACTICE_STEPS).warmup(10).floor(0.1);
+    LearningRate rate = LearningRate.linear(2e-3, WARM_UP_STEPS + practiceSteps).warmup(10).floor(0.1);
     EngineOptions options = EngineOptions.defaults().seed(seed).training(TrainerOptions.defaults().lr(rate));
 
     try (HybridEngine engine = HybridEngine.create(config, tokenizer, options)) {
@@ -147,8 +149,8 @@ List<StepMetrics> practise(HybridEngine engine, Iterator<Problem> problems) {
     PolicyTrainer trainer = new PolicyTrainer(engine, Algorithm.grpo(), sampling,
             attempt -> Problem.of(attempt.promptText()).isSolvedBy(attempt) ? 1 : 0);
     List<StepMetrics> steps = new ArrayList<>();
-    try (ProgressBar bar = new ProgressBar("GRPO              ", PRACTICE_STEPS)) {
-        while (steps.size() < PRACTICE_STEPS) {
+    try (ProgressBar bar = new ProgressBar("GRPO              ", practiceSteps)) {
+        while (steps.size() < practiceSteps) {
             steps.add(trainer.step(Stream.generate(problems::next).limit(32).map(Problem::prompt).toList()));
             bar.step().setExtraMessage("reward %.2f".formatted(steps.getLast().rewardMean()));
         }

@@ -46,7 +46,6 @@ public final class CublasLt implements AutoCloseable {
     private static final long ALGORITHM_BYTES = 64;
     private static final long RESULT_WORKSPACE = 64;
     private static final int CANDIDATES = 8;
-    private static final int TIMINGS = 3;
 
     private static final Linker LINKER = Linker.nativeLinker();
     private static final SymbolLookup LIBRARY = library();
@@ -68,7 +67,7 @@ public final class CublasLt implements AutoCloseable {
             JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG, JAVA_LONG);
 
     /** What has been chosen in this process. */
-    private static final Map<Key, byte[]> CHOSEN = new ConcurrentHashMap<>();
+    private static final Map<Key, Choice> CHOSEN = new ConcurrentHashMap<>();
 
     private final Device device;
     private final Arena arena = Arena.ofShared();
@@ -97,6 +96,7 @@ public final class CublasLt implements AutoCloseable {
         private final long outLayout;
         private final List<MemorySegment> candidates = new ArrayList<>();
         private MemorySegment chosen;
+        private float milliseconds;
 
         private Product(int m, int n, int k, long outStride, DType outType) {
             description = create("cublasLtMatmulDescCreate",
@@ -154,34 +154,30 @@ public final class CublasLt implements AutoCloseable {
 
         /** Times all candidates, over each of {@code weights} in turn, and keeps the fastest. {@code out} is overwritten. */
         private void tune(long x, long[] weights, long out) {
-            float best = Float.POSITIVE_INFINITY;
-            try (CudaEvent start = new CudaEvent(device, true); CudaEvent end = new CudaEvent(device, true)) {
-                for (MemorySegment candidate : candidates) {
-                    try {
-                        run(candidate, x, weights[0], out);
-                    } catch (CudaException e) {
-                        continue; // some are offered and then refused
+            milliseconds = Float.POSITIVE_INFINITY;
+            for (MemorySegment candidate : candidates) {
+                try {
+                    run(candidate, x, weights[0], out);
+                } catch (CudaException e) {
+                    continue; // some are offered and then refused
+                }
+                try (CudaGraph graph = CudaGraph.capture(device, () -> {
+                    for (long weight : weights) {
+                        run(candidate, x, weight, out);
                     }
-                    try (CudaGraph graph = CudaGraph.capture(device, () -> {
-                        for (long weight : weights) {
-                            run(candidate, x, weight, out);
-                        }
-                    })) {
-                        graph.launch(device);
-                        start.record();
-                        for (int i = 0; i < TIMINGS; i++) {
-                            graph.launch(device);
-                        }
-                        end.record();
-                        end.await();
-                        float time = end.millisecondsSince(start);
-                        if (time < best) {
-                            best = time;
-                            chosen = candidate;
-                        }
+                })) {
+                    float time = graph.milliseconds(device) / weights.length;
+                    if (time < milliseconds) {
+                        milliseconds = time;
+                        chosen = candidate;
                     }
                 }
             }
+        }
+
+        /** {@return what the product took when it was timed} */
+        public float milliseconds() {
+            return milliseconds;
         }
 
         @Override
@@ -205,15 +201,19 @@ public final class CublasLt implements AutoCloseable {
     public Product tune(int m, int n, int k, long x, long[] weights, long out, long outStride, DType outType) {
         Product product = new Product(m, n, k, outStride, outType);
         Key key = new Key(device, m, n, k, outStride, outType);
-        byte[] known = CHOSEN.get(key);
+        Choice known = CHOSEN.get(key);
         if (known == null) {
             product.tune(x, weights, out);
-            CHOSEN.put(key, product.chosen.toArray(ValueLayout.JAVA_BYTE));
+            CHOSEN.put(key, new Choice(product.chosen.toArray(ValueLayout.JAVA_BYTE), product.milliseconds));
         } else {
-            product.chosen = arena.allocateFrom(ValueLayout.JAVA_BYTE, known);
+            product.chosen = arena.allocateFrom(ValueLayout.JAVA_BYTE, known.algorithm);
+            product.milliseconds = known.milliseconds;
         }
         return product;
     }
+
+    @SuppressWarnings("ArrayRecordComponent")
+    private record Choice(byte[] algorithm, float milliseconds) {}
 
     private record Key(Device device, int m, int n, int k, long outStride, DType outType) {}
 

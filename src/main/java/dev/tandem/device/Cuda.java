@@ -112,6 +112,12 @@ public final class Cuda {
         return CudaDriver.attribute(device.index(), CudaDriver.MULTIPROCESSORS);
     }
 
+    /** {@return whether a device has compute capability 9.0, with its asynchronous matrix products and copies of tiles} */
+    public static boolean isHopper(Device device) {
+        use(device);
+        return CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) == 9;
+    }
+
     /** Has libtorch give memory that it caches and nobody uses back to the driver. */
     public static void releaseCached(Device device) {
         use(device);

@@ -1,7 +1,6 @@
 package dev.tandem.device;
 
 import static java.lang.foreign.ValueLayout.ADDRESS;
-import static java.lang.foreign.ValueLayout.JAVA_BYTE;
 import static java.lang.foreign.ValueLayout.JAVA_INT;
 import static java.lang.foreign.ValueLayout.JAVA_LONG;
 
@@ -52,7 +51,6 @@ final class CudaDriver {
     private static final MethodHandle HOST_ALLOC = function("cuMemHostAlloc", ADDRESS, JAVA_LONG, JAVA_INT);
     private static final MethodHandle HOST_FREE = function("cuMemFreeHost", JAVA_LONG);
     private static final MethodHandle COPY = function("cuMemcpyAsync", JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG);
-    private static final MethodHandle SET_BYTES = function("cuMemsetD8Async", JAVA_LONG, JAVA_BYTE, JAVA_LONG, JAVA_LONG);
 
     private static final MethodHandle LOAD_MODULE = function("cuModuleLoadData", ADDRESS, ADDRESS);
     private static final MethodHandle UNLOAD_MODULE = function("cuModuleUnload", JAVA_LONG);
@@ -61,6 +59,9 @@ final class CudaDriver {
     private static final MethodHandle OCCUPANCY =
             function("cuOccupancyMaxActiveBlocksPerMultiprocessor", ADDRESS, JAVA_LONG, JAVA_INT, JAVA_LONG);
     private static final MethodHandle LAUNCH = function("cuLaunchKernelEx", ADDRESS, JAVA_LONG, ADDRESS, ADDRESS);
+
+    private static final MethodHandle ENCODE_TENSOR_MAP = function("cuTensorMapEncodeTiled", ADDRESS, JAVA_INT, JAVA_INT, JAVA_LONG, ADDRESS,
+            ADDRESS, ADDRESS, ADDRESS, JAVA_INT, JAVA_INT, JAVA_INT, JAVA_INT);
 
     private static final MethodHandle BEGIN_CAPTURE = function("cuStreamBeginCapture_v2", JAVA_LONG, JAVA_INT);
     private static final MethodHandle END_CAPTURE = function("cuStreamEndCapture", JAVA_LONG, ADDRESS);
@@ -232,14 +233,6 @@ final class CudaDriver {
         }
     }
 
-    static void setBytes(long target, int value, long bytes, long stream) {
-        try {
-            check("cuMemsetD8Async", (int) SET_BYTES.invokeExact(target, (byte) value, bytes, stream));
-        } catch (Throwable e) {
-            throw ForeignCalls.rethrown(e);
-        }
-    }
-
     // ---- kernels --------------------------------------------------------------------------------------------------------
 
     static long loadModule(MemorySegment image) {
@@ -287,6 +280,21 @@ final class CudaDriver {
             check("cuOccupancyMaxActiveBlocksPerMultiprocessor",
                     (int) OCCUPANCY.invokeExact(out, function, threads, sharedBytes));
             return out.get(JAVA_INT, 0);
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    private static final int TENSOR_MAP_BFLOAT16 = 9;
+    private static final int TENSOR_MAP_SWIZZLE_128 = 3;
+    private static final int TENSOR_MAP_PROMOTION_128 = 2;
+
+    /** Not interleaved, and zeros where an element lies outside. */
+    static void encodeTensorMap(MemorySegment map, int dimensions, long address, MemorySegment sizes, MemorySegment strides, MemorySegment box,
+            MemorySegment steps) {
+        try {
+            check("cuTensorMapEncodeTiled", (int) ENCODE_TENSOR_MAP.invokeExact(map, TENSOR_MAP_BFLOAT16, dimensions, address, sizes,
+                    strides, box, steps, 0, TENSOR_MAP_SWIZZLE_128, TENSOR_MAP_PROMOTION_128, 0));
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }

@@ -5,6 +5,8 @@ package dev.tandem.device;
  * reads and writes must stay where it was; contents may change. The owner closes it when it does not run.
  */
 public final class CudaGraph implements AutoCloseable {
+    private static final int TIMINGS = 3;
+
     private final long executable;
     private boolean closed;
 
@@ -41,6 +43,20 @@ public final class CudaGraph implements AutoCloseable {
     /** Launches the sequence on the calling thread's stream. */
     public void launch(Device device) {
         CudaDriver.launchGraph(executable, Cuda.stream(device));
+    }
+
+    /** {@return milliseconds of a launch, the mean of several after a first one} Waits for them. */
+    public float milliseconds(Device device) {
+        try (CudaEvent start = new CudaEvent(device, true); CudaEvent end = new CudaEvent(device, true)) {
+            launch(device);
+            start.record();
+            for (int i = 0; i < TIMINGS; i++) {
+                launch(device);
+            }
+            end.record();
+            end.await();
+            return end.millisecondsSince(start) / TIMINGS;
+        }
     }
 
     @Override

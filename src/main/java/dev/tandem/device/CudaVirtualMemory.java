@@ -9,8 +9,8 @@ package dev.tandem.device;
  * the device first: unmapping memory that a kernel still uses is a fault that no exception reports.
  */
 final class CudaVirtualMemory implements VirtualMemory {
-    /** Large enough that a wake of tens of GiB is a few hundred calls, small enough to grow in part. */
-    private static final long LARGEST_CHUNK = 256L << 20;
+    /** Large enough that a wake of tens of GiB is a hundred calls, small enough to grow in part. */
+    private static final long LARGEST_CHUNK = 1L << 30;
 
     private static final int CHUNKS_IN_SMALL_RANGE = 64;
 
@@ -106,7 +106,6 @@ final class CudaVirtualMemory implements VirtualMemory {
                     device, mapped, bytes, bytes - mapped, CudaDriver.memoryInfo()[0], e.getMessage()), e);
         }
         committed += bytes;
-        CudaDriver.setBytes(address + offset, 0, bytes, Cuda.stream(device));
     }
 
     @Override

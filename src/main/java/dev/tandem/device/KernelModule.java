@@ -131,7 +131,7 @@ public final class KernelModule implements AutoCloseable {
         /**
          * Launches the kernel.
          *
-         * @param arguments Long for pointers and 64-bit integers, Integer, Float; in the order and of the types of the source
+         * @param arguments Long for pointers and 64-bit integers, Integer, Float, TensorMap; in the order and of the types of the source
          */
         public void launch(Device device, Grid grid, Object... arguments) {
             if (grid.x == 0 || grid.y == 0) {
@@ -142,6 +142,10 @@ public final class KernelModule implements AutoCloseable {
                 MemorySegment addresses = arena.allocate(ValueLayout.JAVA_LONG, arguments.length);
                 for (int i = 0; i < arguments.length; i++) {
                     long at = 8L * i;
+                    if (arguments[i] instanceof TensorMap map) {
+                        addresses.setAtIndex(ValueLayout.JAVA_LONG, i, map.address());
+                        continue;
+                    }
                     switch (arguments[i]) {
                         case Long x -> values.set(ValueLayout.JAVA_LONG, at, x);
                         case Integer x -> values.set(ValueLayout.JAVA_INT, at, x);

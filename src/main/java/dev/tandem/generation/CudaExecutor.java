@@ -45,7 +45,6 @@ import org.jspecify.annotations.Nullable;
 final class CudaExecutor implements StepExecutor {
     private static final int DEPTH = 2;
     private static final int TILE = 512;
-    private static final int TIMINGS = 3;
 
     /** Blocks that keep a GPU busy while it reads logits. */
     private static final int SAMPLING_BLOCKS = 1056;
@@ -214,10 +213,11 @@ final class CudaExecutor implements StepExecutor {
         List<CudaGraph> graphs = new ArrayList<>();
         try {
             ways.forEach(way -> graphs.add(captured(size, way)));
+            // A step may be computed several times: it reads nothing that it writes.
             float least = Float.POSITIVE_INFINITY;
             int best = 0;
             for (int i = 0; i < graphs.size(); i++) {
-                float time = milliseconds(graphs.get(i));
+                float time = graphs.get(i).milliseconds(device);
                 best = time < least ? i : best;
                 least = Math.min(least, time);
             }
@@ -230,20 +230,6 @@ final class CudaExecutor implements StepExecutor {
 
     private CudaGraph captured(int size, CudaProducts.Way way) {
         return CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size, way));
-    }
-
-    /** A step may be computed several times: it reads what it does not write. */
-    private float milliseconds(CudaGraph graph) {
-        try (CudaEvent start = new CudaEvent(device, true); CudaEvent end = new CudaEvent(device, true)) {
-            graph.launch(device);
-            start.record();
-            for (int i = 0; i < TIMINGS; i++) {
-                graph.launch(device);
-            }
-            end.record();
-            end.await();
-            return end.millisecondsSince(start);
-        }
     }
 
     /** The number of rows of the graph that serves a step: a power of two up to 8, then multiples of 8. */

@@ -3,7 +3,9 @@ package dev.tandem.generation;
 import dev.tandem.device.CublasLt;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
+import dev.tandem.generation.HopperProducts.Kind;
 import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.ParameterRole;
@@ -14,6 +16,8 @@ import java.util.Deque;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.Objects;
+import org.jspecify.annotations.Nullable;
 
 /**
  * The matrix products of decoding steps, which are most of a step's time: the ways to compute them for a number of rows.
@@ -22,11 +26,14 @@ import java.util.Map;
  * whole steps to choose. Confined to its rank's thread. The owner closes it.
  */
 final class CudaProducts implements AutoCloseable {
+    private static final System.Logger LOG = System.getLogger(CudaProducts.class.getName());
+
     private final Device device;
     private final WeightArena arena;
     private final ModelConfig config;
     private final Buffers buffers;
     private final CublasLt cublas;
+    private final @Nullable HopperProducts hopper;
     private final Map<Integer, List<Way>> ways = new HashMap<>();
     private final Deque<Runnable> owned = new ArrayDeque<>();
 
@@ -53,6 +60,11 @@ final class CudaProducts implements AutoCloseable {
         config = arena.layout().config();
         cublas = new CublasLt(device);
         owned.push(cublas::close);
+        HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device) : null;
+        if (own != null) {
+            owned.push(own::close);
+        }
+        hopper = own;
     }
 
     /** {@return the ways for a number of rows, the best guess first} Buffers are overwritten when they are not known yet. */
@@ -62,10 +74,17 @@ final class CudaProducts implements AutoCloseable {
 
     private List<Way> find(int rows) {
         List<Way> found = new ArrayList<>();
-        found.add(timed(rows));
-        if (FewRows.computes(rows)) {
-            found.add(fewRows(rows, true));
-            found.add(fewRows(rows, false));
+        Timed byCublas = timed(rows);
+        found.add(byCublas.way());
+        try {
+            if (FewRows.computes(rows)) {
+                found.add(fewRows(rows, true));
+                found.add(fewRows(rows, false));
+            } else if (hopper != null) {
+                hopper(rows, byCublas, found);
+            }
+        } catch (TandemException e) {
+            LOG.log(System.Logger.Level.WARNING, "multiplying {0} rows by cuBLAS alone: {1}", rows, e.getMessage());
         }
         return found;
     }
@@ -75,10 +94,10 @@ final class CudaProducts implements AutoCloseable {
         owned.push(by::close);
         int width = config.hiddenSize();
         int inner = config.intermediateSize();
-        boolean activates = config.gatedMlp() && config.activation() == Activation.SILU && !config.mlpBias();
+        boolean activates = activates();
         return new Way(
                 (x, weight, out) -> by.multiply(x, weight, out, width, allHeads()),
-                (x, weight, out) -> by.multiply(x, weight, out, config.heads() * config.headDim(), width),
+                (x, weight, out) -> by.multiply(x, weight, out, attended(), width),
                 (x, weight, out) -> {
                     if (activates) {
                         by.multiplyGated(x, weight, buffers.activated.address(), width, inner);
@@ -91,29 +110,77 @@ final class CudaProducts implements AutoCloseable {
                 (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), buffers.logits.size(1)));
     }
 
-    /** By cuBLAS. */
-    private Way timed(int rows) {
-        int width = config.hiddenSize();
-        CublasLt.Product head = cublas.tune(rows, config.vocabSize(), width, buffers.hidden.address(),
-                new long[] {arena.logitMatrix().address()}, buffers.logits.address(), buffers.logits.size(1), DType.FLOAT32);
-        owned.push(head::close);
-        return new Way(
-                timed(rows, allHeads(), width, buffers.normed, ParameterRole.Q_WEIGHT, buffers.qkv),
-                timed(rows, width, config.heads() * config.headDim(), buffers.attended, ParameterRole.O_WEIGHT, buffers.projected),
-                timed(rows, widened(), width, buffers.normed, widenRole(config), buffers.widened),
-                false,
-                timed(rows, width, config.intermediateSize(), buffers.activated, ParameterRole.DOWN_WEIGHT, buffers.projected),
-                head::run);
+    /** cuBLAS's products, in the order of {@link Way}. */
+    private record Timed(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
+            CublasLt.Product head) {
+        Way way() {
+            return new Way(qkv::run, output::run, widen::run, false, narrow::run, head::run);
+        }
     }
 
-    private Product timed(int rows, int n, int k, Tensor x, ParameterRole role, Tensor out) {
-        long[] weights = new long[config.layers()];
-        for (int layer = 0; layer < weights.length; layer++) {
-            weights[layer] = arena.layer(layer).weight(role).address();
-        }
-        CublasLt.Product product = cublas.tune(rows, n, k, x.address(), weights, out.address(), n, DType.BFLOAT16);
+    private Timed timed(int rows) {
+        int width = config.hiddenSize();
+        return new Timed(
+                timed(rows, allHeads(), width, buffers.normed, weights(ParameterRole.Q_WEIGHT), buffers.qkv, DType.BFLOAT16),
+                timed(rows, width, attended(), buffers.attended, weights(ParameterRole.O_WEIGHT), buffers.projected, DType.BFLOAT16),
+                timed(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, DType.BFLOAT16),
+                timed(rows, width, config.intermediateSize(), buffers.activated, weights(ParameterRole.DOWN_WEIGHT), buffers.projected,
+                        DType.BFLOAT16),
+                timed(rows, config.vocabSize(), width, buffers.hidden, logitMatrix(), buffers.logits, DType.FLOAT32));
+    }
+
+    private CublasLt.Product timed(int rows, int n, int k, Tensor x, long[] weights, Tensor out, DType type) {
+        CublasLt.Product product = cublas.tune(rows, n, k, x.address(), weights, out.address(), out.size(1), type);
         owned.push(product::close);
-        return product::run;
+        return product;
+    }
+
+    /** Product by product the faster of Tandem's and cuBLAS's; the widening one, which may apply the activation, in both forms. */
+    private void hopper(int rows, Timed byCublas, List<Way> found) {
+        int width = config.hiddenSize();
+        Product qkv = faster(rows, allHeads(), width, buffers.normed, weights(ParameterRole.Q_WEIGHT), buffers.qkv, byCublas.qkv);
+        Product output =
+                faster(rows, width, attended(), buffers.attended, weights(ParameterRole.O_WEIGHT), buffers.projected, byCublas.output);
+        Product narrow = faster(rows, width, config.intermediateSize(), buffers.activated, weights(ParameterRole.DOWN_WEIGHT),
+                buffers.projected, byCublas.narrow);
+        Product head = faster(rows, config.vocabSize(), width, buffers.hidden, logitMatrix(), buffers.logits, byCublas.head);
+        if (activates()) {
+            HopperProducts.Product gated = tune(Kind.GATED, rows, config.intermediateSize(), width, buffers.normed,
+                    weights(ParameterRole.GATE_WEIGHT), buffers.activated);
+            // Its result goes where the activation's would.
+            found.add(new Way(qkv, output, (x, weight, out) -> gated.run(x, weight, buffers.activated.address()), true, narrow, head));
+        }
+        Product widen = faster(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, byCublas.widen);
+        found.add(new Way(qkv, output, widen, false, narrow, head));
+    }
+
+    private Product faster(int rows, int n, int k, Tensor x, long[] weights, Tensor out, CublasLt.Product byCublas) {
+        HopperProducts.Product own = tune(out.dtype() == DType.FLOAT32 ? Kind.FLOAT : Kind.PLAIN, rows, n, k, x, weights, out);
+        return own.milliseconds() < byCublas.milliseconds() ? own : byCublas::run;
+    }
+
+    private HopperProducts.Product tune(Kind kind, int rows, int n, int k, Tensor x, long[] weights, Tensor out) {
+        return Objects.requireNonNull(hopper).tune(kind, rows, n, k, x.address(), weights, out.address(), out.size(1));
+    }
+
+    private long[] weights(ParameterRole role) {
+        long[] addresses = new long[config.layers()];
+        for (int layer = 0; layer < addresses.length; layer++) {
+            addresses[layer] = arena.layer(layer).weight(role).address();
+        }
+        return addresses;
+    }
+
+    private long[] logitMatrix() {
+        return new long[] {arena.logitMatrix().address()};
+    }
+
+    private boolean activates() {
+        return config.gatedMlp() && config.activation() == Activation.SILU && !config.mlpBias();
+    }
+
+    private int attended() {
+        return config.heads() * config.headDim();
     }
 
     private int allHeads() {

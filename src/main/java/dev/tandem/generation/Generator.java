@@ -132,6 +132,9 @@ public final class Generator implements AutoCloseable {
                         config.vocabSize(), 1, options.reserveFull(), options.prefixCaching(), eosTokenIds),
                 pool);
         executor = executor(arena, decoder, memory, options);
+        if (runsKernels()) {
+            cache.readersSkipUnwritten();
+        }
         plans = new StepPlan[executor.depth()];
         Arrays.setAll(plans, i -> new StepPlan(options.maxRunning()));
         sampled = new int[options.maxRunning()];

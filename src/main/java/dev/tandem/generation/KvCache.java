@@ -30,6 +30,7 @@ final class KvCache implements AutoCloseable {
     private final List<Tensor> keys = new ArrayList<>();
     private final List<Tensor> values = new ArrayList<>();
     private final Tensor pages;
+    private boolean clears;
     private int blocks;
 
     /** @param maxBlocks for how many pages addresses are reserved */
@@ -37,6 +38,7 @@ final class KvCache implements AutoCloseable {
         this.memory = memory;
         this.blockSize = blockSize;
         this.maxBlocks = maxBlocks;
+        clears = !device.isCpu();
         blockBytes = blockBytes(config, dtype, blockSize);
         range = VirtualMemory.reserve(device, Math.multiplyExact(blockBytes, maxBlocks));
         long width = (long) config.kvHeads() * config.headDim();
@@ -78,7 +80,12 @@ final class KvCache implements AutoCloseable {
         return range.address();
     }
 
-    /** Backs the first {@code count} pages with memory, zeroed where they are new. A failure changes nothing. */
+    /** Tells that whoever reads pages skips what was never written, so that new pages need not be zeroed. */
+    void readersSkipUnwritten() {
+        clears = false;
+    }
+
+    /** Backs the first {@code count} pages with memory. A failure changes nothing. */
     void wake(int count) {
         if (count > maxBlocks) {
             throw new IllegalArgumentException(count + " KV blocks asked for, addresses are reserved for " + maxBlocks);
@@ -91,6 +98,9 @@ final class KvCache implements AutoCloseable {
             range.release(target, now - target);
         }
         memory.add(Use.KV, target - now);
+        if (clears && count > blocks) {
+            clear(blocks, count);
+        }
         blocks = count;
     }
 
@@ -132,8 +142,12 @@ final class KvCache implements AutoCloseable {
 
     /** Zeroes all pages, so that nothing that is not finite can be read from a page that is used again. */
     void clear() {
+        clear(0, blocks);
+    }
+
+    private void clear(int from, int to) {
         try (Scope scope = Scope.open()) {
-            pages.narrow(0, 0, blocks).fillInPlace(0);
+            pages.narrow(0, from, to - from).fillInPlace(0);
         }
     }
 

@@ -1,0 +1,268 @@
+package dev.tandem.generation;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.CudaGraph;
+import dev.tandem.device.Device;
+import dev.tandem.device.KernelModule;
+import dev.tandem.device.KernelModule.Grid;
+import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.KernelModule.Source;
+import dev.tandem.device.TensorMap;
+import java.lang.foreign.Arena;
+import java.util.ArrayList;
+import java.util.Comparator;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
+import java.util.Objects;
+import java.util.TreeSet;
+import java.util.concurrent.ConcurrentHashMap;
+
+/**
+ * Products of some 8 to 256 rows with a weight matrix on a Hopper GPU: {@code decode_product.cu}, which starts to read the weights while
+ * the kernel before it still runs, shares k among blocks where tiles are few, and can apply the activation. Below some 200 rows it beats
+ * cuBLAS.
+ *
+ * <p>The kernel comes in variants. Of those that a rough count of cycles favours, each is timed once for a size, over weights that are not
+ * in the cache, and the fastest is kept for the life of the process. Confined to its rank's thread. The owner closes it.
+ */
+final class HopperProducts implements AutoCloseable {
+    /** Rows of a tile, as the kernel knows them. */
+    private static final int[] TILE_ROWS = {16, 32, 64, 96, 128, 192, 256};
+
+    /** For these many rows variants are chosen; other numbers take the next larger one's. */
+    private static final int[] CLASSES = {16, 32, 64, 96, 128, 160, 192, 256};
+
+    private static final int CANDIDATES = 6;
+    private static final int BLOCK = 64;
+    private static final int MOST_STAGES = 8;
+    private static final int SHARED_BYTES = 232448 - 256;
+    /** Two blocks of so many bytes fit a multiprocessor: the next product's weights then arrive during this one. */
+    private static final int HALF_SHARED_BYTES = 104000;
+
+    private static final Map<Key, Choice> CHOSEN = new ConcurrentHashMap<>();
+
+    private final Device device;
+    private final int multiprocessors;
+    private final Arena arena = Arena.ofShared();
+    private final Map<Variant, KernelModule> modules = new HashMap<>();
+
+    /** What a product's result is. */
+    enum Kind {
+        /** BFLOAT16. */
+        PLAIN("multiply"),
+        /** FLOAT32. */
+        FLOAT("multiplyToFloat"),
+        /** BFLOAT16, silu(gate) · up. */
+        GATED("multiplyGated");
+
+        private final String kernel;
+
+        Kind(String kernel) {
+            this.kernel = kernel;
+        }
+    }
+
+    /**
+     * A way to cut the work.
+     *
+     * @param tile weight rows of a block
+     * @param rows of the input in a block
+     * @param split blocks that share k
+     * @param stages of loads under way
+     */
+    private record Variant(int tile, int rows, int split, int stages) {
+        int threads() {
+            return 2 * tile + 128;
+        }
+
+        int stageBytes() {
+            return (tile + rows) * BLOCK * 2;
+        }
+
+        int sharedBytes() {
+            int exchange = split > 1 ? split * Math.ceilDiv(rows / 8, split) * 32 * tile : 0;
+            return 1024 + Math.max(stages * stageBytes(), exchange) + tile / 64 * 9216;
+        }
+
+        boolean possible() {
+            return stages >= 2 && sharedBytes() <= SHARED_BYTES;
+        }
+
+        Source source() {
+            return new Source("decode_product.cu",
+                    Map.of("TILE", "" + tile, "ROWS", "" + rows, "SPLIT", "" + split, "STAGES", "" + stages));
+        }
+    }
+
+    private record Key(Device device, Kind kind, int rows, int n, int k) {}
+
+    private record Choice(Variant variant, float milliseconds) {}
+
+    HopperProducts(Device device) {
+        this.device = device;
+        multiprocessors = Cuda.multiprocessors(device);
+    }
+
+    /** {@return whether a device has what the kernel needs} */
+    static boolean runsOn(Device device) {
+        return Cuda.isHopper(device);
+    }
+
+    /** A product of fixed sizes. */
+    final class Product implements CudaProducts.Product {
+        private final Choice choice;
+        private final Kernel kernel;
+        private final Kind kind;
+        private final int rows;
+        private final int n;
+        private final int k;
+        private final long stride;
+        private final Grid grid;
+        private final Map<Long, TensorMap> inputs = new HashMap<>();
+        private final Map<Long, TensorMap> weights = new HashMap<>();
+
+        private Product(Choice choice, Kind kind, int rows, int n, int k, long stride) {
+            this.choice = choice;
+            this.kind = kind;
+            this.rows = rows;
+            this.n = n;
+            this.k = k;
+            this.stride = stride;
+            Variant variant = choice.variant;
+            kernel = module(variant).kernel(kind.kernel).sharedMemory(variant.sharedBytes());
+            int tiles = tiles(variant, kind, rows, n);
+            int resident = multiprocessors * Math.max(1, kernel.residentBlocks(variant.threads(), variant.sharedBytes()));
+            int blocks = variant.split > 1 ? tiles * variant.split : Math.ceilDiv(tiles, Math.ceilDiv(tiles, resident));
+            grid = new Grid(blocks, 1, variant.threads(), 1, variant.sharedBytes());
+        }
+
+        @Override
+        public void run(long x, long weight, long out) {
+            TensorMap input = inputs.computeIfAbsent(x, address -> new TensorMap(arena, address, new long[] {k, rows}, new long[] {2L * k},
+                    new int[] {BLOCK, choice.variant.rows}));
+            TensorMap matrix = weights.computeIfAbsent(weight, this::map);
+            if (kind == Kind.FLOAT) {
+                kernel.launch(device, grid, input, matrix, out, rows, k, n, stride);
+            } else {
+                kernel.launch(device, grid, input, matrix, out, rows, k, n, (int) stride);
+            }
+        }
+
+        private TensorMap map(long address) {
+            int tile = choice.variant.tile;
+            return kind == Kind.GATED
+                    ? new TensorMap(arena, address, new long[] {k, 8, 2, n / 8}, new long[] {2L * k, 2L * k * n, 16L * k},
+                            new int[] {BLOCK, 8, 2, tile / 16})
+                    : new TensorMap(arena, address, new long[] {k, n}, new long[] {2L * k}, new int[] {BLOCK, tile});
+        }
+
+        /** {@return what the product took when its variant was timed} */
+        float milliseconds() {
+            return choice.milliseconds;
+        }
+    }
+
+    /**
+     * {@return a product of these sizes, by the variant that is fastest}
+     *
+     * @param n columns of the result; a multiple of 8 when gated
+     * @param k a multiple of 8
+     * @param x address of rows [rows, k]
+     * @param weights addresses of matrices [n, k], [2 n, k] when gated, that are used in turn
+     * @param out address of a result to overwrite
+     * @param stride elements from one row of the result to the next
+     */
+    Product tune(Kind kind, int rows, int n, int k, long x, long[] weights, long out, long stride) {
+        int size = next(CLASSES, rows);
+        Key key = new Key(device, kind, size, n, k);
+        Choice known = CHOSEN.get(key);
+        if (known != null) {
+            return new Product(known, kind, rows, n, k, stride);
+        }
+        List<Variant> candidates = candidates(kind, Math.max(rows, size), n, k);
+        compile(candidates);
+        Choice best = null;
+        for (Variant variant : candidates) {
+            Product product = new Product(new Choice(variant, 0), kind, rows, n, k, stride);
+            product.run(x, weights[0], out);
+            try (CudaGraph graph = CudaGraph.capture(device, () -> {
+                for (long weight : weights) {
+                    product.run(x, weight, out);
+                }
+            })) {
+                float time = graph.milliseconds(device) / weights.length;
+                if (best == null || time < best.milliseconds) {
+                    best = new Choice(variant, time);
+                }
+            }
+        }
+        CHOSEN.put(key, Objects.requireNonNull(best));
+        return new Product(best, kind, rows, n, k, stride);
+    }
+
+    private List<Variant> candidates(Kind kind, int rows, int n, int k) {
+        List<Variant> found = new ArrayList<>();
+        TreeSet<Integer> parts = new TreeSet<>(List.of(next(TILE_ROWS, rows), next(TILE_ROWS, Math.max(32, Math.ceilDiv(rows, 2)))));
+        for (int tile : new int[] {64, 128, 192}) {
+            for (int part : parts) {
+                int stageBytes = new Variant(tile, part, 1, 1).stageBytes();
+                int stages = Math.min(MOST_STAGES, (SHARED_BYTES - 1024 - tile / 64 * 9216) / stageBytes);
+                for (int split = 1; split <= 8; split *= 2) {
+                    found.add(new Variant(tile, part, split, stages));
+                    if (tile == 64 && part <= 128 && HALF_SHARED_BYTES / stageBytes < stages) {
+                        found.add(new Variant(tile, part, split, HALF_SHARED_BYTES / stageBytes));
+                    }
+                }
+            }
+        }
+        found.removeIf(variant -> !variant.possible());
+        found.sort(Comparator.comparingDouble(variant -> cycles(variant, kind, rows, n, k)));
+        return found.subList(0, Math.min(CANDIDATES, found.size()));
+    }
+
+    private static int next(int[] values, int least) {
+        for (int value : values) {
+            if (value >= least) {
+                return value;
+            }
+        }
+        return values[values.length - 1];
+    }
+
+    private static int tiles(Variant variant, Kind kind, int rows, int n) {
+        return Math.ceilDiv(n, kind == Kind.GATED ? variant.tile / 2 : variant.tile) * Math.ceilDiv(rows, variant.rows);
+    }
+
+    /** Roughly, to say what is worth timing: waves of blocks, the slowest of tensor cores, caches and memory in each step, the ends. */
+    private double cycles(Variant variant, Kind kind, int rows, int n, int k) {
+        int tile = variant.tile;
+        int waves = Math.ceilDiv(tiles(variant, kind, rows, n) * variant.split, multiprocessors / variant.split * variant.split);
+        double multiplying = tile / 64 * 2.0 * Math.max(variant.rows, 32);
+        double fromCache = (tile + variant.rows) * 128 / 34.0;
+        double fromMemory = tile * 128 / 19.0;
+        double step = Math.max(multiplying, Math.max(fromCache, fromMemory));
+        double results = tile * variant.rows * (kind == Kind.FLOAT ? 4 : 2) / 40.0;
+        double exchange = variant.split > 1 ? 800 + tile * variant.rows * 4.0 * (variant.split - 1) / variant.split / 16 : 0;
+        return waves * (Math.ceilDiv(Math.ceilDiv(k, BLOCK), variant.split) * step + results + 300) + exchange;
+    }
+
+    private void compile(List<Variant> variants) {
+        List<Variant> missing = variants.stream().filter(variant -> !modules.containsKey(variant)).toList();
+        List<KernelModule> loaded = KernelModule.load(device, missing.stream().map(Variant::source).toList());
+        for (int i = 0; i < loaded.size(); i++) {
+            modules.put(missing.get(i), loaded.get(i));
+        }
+    }
+
+    private KernelModule module(Variant variant) {
+        compile(List.of(variant));
+        return Objects.requireNonNull(modules.get(variant));
+    }
+
+    @Override
+    public void close() {
+        modules.values().forEach(KernelModule::close);
+        arena.close();
+    }
+}
