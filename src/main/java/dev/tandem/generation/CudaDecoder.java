@@ -5,6 +5,7 @@ import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule.Grid;
+import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.StepLayout.Field;
@@ -38,7 +39,6 @@ final class CudaDecoder implements AutoCloseable {
 
     private final CudaKernels kernels;
     private final Grid decodeGrid;
-    private final int prefillShared;
     private final int maxRows;
     private final int maxItems;
     private final CudaProducts products;
@@ -106,16 +106,8 @@ final class CudaDecoder implements AutoCloseable {
         int dim = config.headDim();
         int heads = config.heads();
         int kvHeads = config.kvHeads();
-        int group = heads / kvHeads;
-        int stages = dim <= 64 ? 4 : dim <= 96 ? 3 : 2;
-        int decodeShared = WARPS * stages * 64 * dim + 4 * WARPS * group * (dim + 6)
-                + 4 * 8 * (8 + split(config) / options.blockSize()) + 16;
-        kernels.decodeAttention.sharedMemory(decodeShared);
-        int resident = Math.max(1, kernels.decodeAttention.residentBlocks(32 * WARPS, decodeShared));
-        decodeGrid = new Grid(Cuda.multiprocessors(device) * resident, 1, 32 * WARPS, 1, decodeShared);
-        int tileKeys = dim > 128 ? 32 : 64;
-        prefillShared = (TILE_ROWS + 4 * tileKeys) * (dim + 8) * 2;
-        kernels.prefillAttention.sharedMemory(prefillShared);
+        decodeGrid = decodeGrid(device, kernels.decodeAttention, config, options);
+        kernels.prefillAttention.sharedMemory(prefillGrid(config, 1).sharedBytes());
 
         int tokens = options.tokenBudget();
         maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), split(config)));
@@ -149,6 +141,43 @@ final class CudaDecoder implements AutoCloseable {
         Tensor kept = made.keep();
         owned.push(kept::close);
         return kept;
+    }
+
+    /** {@return how the decode attention is launched: as many blocks as are resident} Lets them have the shared memory they need. */
+    static Grid decodeGrid(Device device, Kernel decodeAttention, ModelConfig config, GeneratorOptions options) {
+        int dim = config.headDim();
+        int group = config.heads() / config.kvHeads();
+        int stages = dim <= 64 ? 4 : dim <= 96 ? 3 : 2;
+        int shared = WARPS * stages * 64 * dim + 4 * WARPS * group * (dim + 6) + 4 * 8 * (8 + split(config) / options.blockSize()) + 16;
+        decodeAttention.sharedMemory(shared);
+        int resident = Math.max(1, decodeAttention.residentBlocks(32 * WARPS, shared));
+        return new Grid(Cuda.multiprocessors(device) * resident, 1, 32 * WARPS, 1, shared);
+    }
+
+    /** {@return how the prefill attention is launched} */
+    static Grid prefillGrid(ModelConfig config, int tiles) {
+        boolean wide = config.headDim() > 128;
+        int shared = (TILE_ROWS + 4 * (wide ? 32 : 64)) * (config.headDim() + 8) * 2;
+        return new Grid(config.kvHeads(), tiles, wide ? 2 * TILE_ROWS : TILE_ROWS, 1, shared);
+    }
+
+    /** {@return one row of threads for each row of a matrix} Where a warp suffices and there are many, four rows a block. */
+    static Grid rowGrid(int rows, int width) {
+        int threads = 32 * Math.ceilDiv(width, 1024);
+        int perBlock = threads == 32 && rows >= MANY_ROWS ? 4 : 1;
+        return new Grid(Math.ceilDiv(rows, perBlock), 1, threads, perBlock, 0);
+    }
+
+    /** {@return how tokens' queries and keys are rotated} */
+    static Grid rotateGrid(ModelConfig config, int tokens) {
+        int lanes = config.headDim() == 64 ? 4 : config.headDim() <= 128 ? 8 : 16;
+        int units = (config.heads() + 2 * config.kvHeads() + 1) / 2;
+        return Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256);
+    }
+
+    /** {@return how the activation of that many rows is launched} */
+    static Grid activateGrid(int rows, int width) {
+        return Grid.of(Math.toIntExact(Math.ceilDiv((long) rows * width, 4096)), 256);
     }
 
     private Tensor buffer(long rows, long width) {
@@ -284,12 +313,10 @@ final class CudaDecoder implements AutoCloseable {
     }
 
     private void rotate(int layer, WeightGroup w, int tokens, long positions, long slots, long count) {
-        int lanes = config.headDim() == 64 ? 4 : config.headDim() <= 128 ? 8 : 16;
-        int units = (config.heads() + 2 * config.kvHeads() + 1) / 2;
-        kernels.rotateAndWrite.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * units * lanes, 256)), 256),
-                qkv.address(), address(w.find(ParameterRole.Q_BIAS)), address(w.find(ParameterRole.Q_NORM)),
-                address(w.find(ParameterRole.K_NORM)), (float) config.normEps(), address(cosines), address(sines), positions, slots,
-                input.address(Field.TABLES), input.layout().tableWidth(), pages, layer, config.layers(), query.address(), count);
+        kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), qkv.address(), address(w.find(ParameterRole.Q_BIAS)),
+                address(w.find(ParameterRole.Q_NORM)), address(w.find(ParameterRole.K_NORM)), (float) config.normEps(),
+                address(cosines), address(sines), positions, slots, input.address(Field.TABLES), input.layout().tableWidth(), pages,
+                layer, config.layers(), query.address(), count);
     }
 
     private void attend(int layer, int decodeRows, int tiles) {
@@ -301,18 +328,18 @@ final class CudaDecoder implements AutoCloseable {
                     tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale);
         }
         if (tiles > 0) {
-            kernels.prefillAttention.launch(device, new Grid(config.kvHeads(), tiles, prefillThreads(), 1, prefillShared),
-                    query.address(), attended.address(), pages, layer, config.layers(), tables, width,
-                    input.address(Field.SEQUENCE_SLOT), input.address(Field.SEQUENCE_FIRST), input.address(Field.SEQUENCE_START),
-                    input.address(Field.SEQUENCE_TOKENS), input.address(Field.TILE_SEQUENCE), input.address(Field.TILE_FIRST), scale);
+            kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,
+                    config.layers(), tables, width, input.address(Field.SEQUENCE_SLOT), input.address(Field.SEQUENCE_FIRST),
+                    input.address(Field.SEQUENCE_START), input.address(Field.SEQUENCE_TOKENS), input.address(Field.TILE_SEQUENCE),
+                    input.address(Field.TILE_FIRST), scale);
         }
     }
 
     private void activate(WeightGroup w, int tokens, long count) {
         ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
         int width = config.intermediateSize();
-        kernels.activate.launch(device, Grid.of(Math.toIntExact(Math.ceilDiv((long) tokens * width, 4096)), 256), widened.address(),
-                address(w.find(bias)), activated.address(), width, count);
+        kernels.activate.launch(device, activateGrid(tokens, width), widened.address(), address(w.find(bias)), activated.address(),
+                width, count);
     }
 
     private void head(int wanted, long addend, long addendBias, CudaProducts.@Nullable Way by) {
@@ -328,19 +355,8 @@ final class CudaDecoder implements AutoCloseable {
         }
     }
 
-    private int prefillThreads() {
-        return 2 * TILE_ROWS / (config.headDim() > 128 ? 1 : 2);
-    }
-
     private long workCount() {
         return work.address() + 32L * maxItems;
-    }
-
-    /** One row of threads for each row of a matrix; where a warp suffices and there are many, four rows a block. */
-    private static Grid rowGrid(int rows, int width) {
-        int threads = 32 * Math.ceilDiv(width, 1024);
-        int perBlock = threads == 32 && rows >= MANY_ROWS ? 4 : 1;
-        return new Grid(Math.ceilDiv(rows, perBlock), 1, threads, perBlock, 0);
     }
 
     private static long address(@Nullable Tensor tensor) {

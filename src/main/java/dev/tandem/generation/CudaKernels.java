@@ -10,6 +10,7 @@ import dev.tandem.model.Norm;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.stream.Stream;
 
 /** The kernels of a step, specialised for a model. The owner closes them when nothing runs. */
 final class CudaKernels implements AutoCloseable {
@@ -36,23 +37,9 @@ final class CudaKernels implements AutoCloseable {
      * @throws dev.tandem.device.TandemException when a kernel cannot be compiled; nothing is held then
      */
     CudaKernels(Device device, ModelConfig config, GeneratorOptions options, int split) {
-        Map<String, String> shape = Map.of("HEAD_DIM", "" + config.headDim(), "HEADS", "" + config.heads(),
-                "KV_HEADS", "" + config.kvHeads(), "BLOCK_SIZE", "" + options.blockSize());
-        Map<String, String> layer = Map.of(
-                "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
-                "POST_NORM", "0",
-                "FINAL_NORM", "1",
-                "GATED", config.gatedMlp() ? "1" : "0",
-                "ACTIVATION", "" + activation(config.activation()),
-                "WRITE_BACK", "0");
-        Map<String, String> sampling = Map.of("MAX_MASKED", "" + StepLayout.MAX_MASKED);
-        modules = KernelModule.load(device, List.of(
-                new Source("step.cu", Map.of()),
-                new Source("layer.cu", both(shape, layer)),
-                new Source("decode_attention.cu", both(shape, Map.of("SPLIT", "" + split))),
-                new Source("prefill_attention.cu", shape),
-                new Source("sampling.cu", sampling),
-                new Source("truncation.cu", sampling)));
+        modules = KernelModule.load(device,
+                Stream.of("step.cu", "layer.cu", "decode_attention.cu", "prefill_attention.cu", "sampling.cu", "truncation.cu")
+                        .map(file -> source(file, config, options, split)).toList());
         resolveTokens = modules.get(0).kernel("resolveTokens");
         embed = modules.get(1).kernel("embed");
         residualNorm = modules.get(1).kernel("residualNorm");
@@ -67,6 +54,30 @@ final class CudaKernels implements AutoCloseable {
         samplePartialEdited = modules.get(4).kernel("samplePartialEdited");
         sampleFinish = modules.get(4).kernel("sampleFinish");
         sampleTruncated = modules.get(5).kernel("sampleTruncated");
+    }
+
+    /**
+     * {@return one of the sources of a step's kernels, with the macros that a model needs}
+     *
+     * @param split tokens that one block of the decode attention attends to
+     */
+    static Source source(String file, ModelConfig config, GeneratorOptions options, int split) {
+        Map<String, String> shape = Map.of("HEAD_DIM", "" + config.headDim(), "HEADS", "" + config.heads(),
+                "KV_HEADS", "" + config.kvHeads(), "BLOCK_SIZE", "" + options.blockSize());
+        return new Source(file, switch (file) {
+            case "step.cu" -> Map.of();
+            case "layer.cu" -> both(shape, Map.of(
+                    "LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0",
+                    "POST_NORM", "0",
+                    "FINAL_NORM", "1",
+                    "GATED", config.gatedMlp() ? "1" : "0",
+                    "ACTIVATION", "" + activation(config.activation()),
+                    "WRITE_BACK", "0"));
+            case "decode_attention.cu" -> both(shape, Map.of("SPLIT", "" + split));
+            case "prefill_attention.cu" -> shape;
+            case "sampling.cu", "truncation.cu" -> Map.of("MAX_MASKED", "" + StepLayout.MAX_MASKED);
+            default -> throw new IllegalArgumentException(file);
+        });
     }
 
     private static Map<String, String> both(Map<String, String> a, Map<String, String> b) {

@@ -243,30 +243,36 @@ final class StepLayout {
             int slot = plan.sampleSlot[i];
             lastPair[slot] = i;
             SamplingParams params = requests.params[slot];
-            long pair = at(Field.PAIRS) + (long) i * PAIR_BYTES;
-            Long own = params.seed();
-            memory.set(JAVA_INT, pair, wantedIndex[plan.sampleRow[i]]);
-            memory.set(JAVA_INT, pair + 4, i);
-            memory.set(JAVA_INT, pair + 8, plan.samplePosition[i]);
-            memory.set(JAVA_INT, pair + 12, params.topK());
-            memory.set(JAVA_LONG, pair + 16, own == null ? seed : own);
-            memory.set(JAVA_LONG, pair + 24, requests.sampleKey[slot]);
-            memory.set(JAVA_FLOAT, pair + 32, (float) params.temperature());
-            memory.set(JAVA_FLOAT, pair + 36, (float) params.topP());
-            memory.set(JAVA_FLOAT, pair + 40, (float) params.minP());
-            memory.set(JAVA_FLOAT, pair + 44, (float) params.repetitionPenalty());
-            memory.set(JAVA_INT, pair + 48, params.logprobKind().ordinal());
             int maskedCount = 0;
             if (plan.samplePosition[i] - requests.promptLength[slot] < params.minTokens()) {
                 int[] stops = requests.stopIds[slot];
                 maskedCount = Math.min(stops.length, MAX_MASKED);
                 MemorySegment.copy(stops, 0, memory, JAVA_INT, at(Field.MASKED) + 4L * i * MAX_MASKED, maskedCount);
             }
-            memory.set(JAVA_INT, pair + 52, maskedCount);
+            pair(memory, at(Field.PAIRS) + (long) i * PAIR_BYTES, wantedIndex[plan.sampleRow[i]], i, plan.samplePosition[i], params,
+                    seed, requests.sampleKey[slot], maskedCount);
             truncates |= params.truncates() && !params.isGreedy();
             penalises |= params.repetitionPenalty() != 1;
             edits |= maskedCount > 0 || params.repetitionPenalty() != 1;
         }
+    }
+
+    /** Lays out the struct Pair: what is sampled from a row of logits, into a slot of the tokens seen. */
+    static void pair(MemorySegment memory, long at, int row, int slot, int position, SamplingParams params, long seed, long sampleKey,
+            int maskedCount) {
+        Long own = params.seed();
+        memory.set(JAVA_INT, at, row);
+        memory.set(JAVA_INT, at + 4, slot);
+        memory.set(JAVA_INT, at + 8, position);
+        memory.set(JAVA_INT, at + 12, params.topK());
+        memory.set(JAVA_LONG, at + 16, own == null ? seed : own);
+        memory.set(JAVA_LONG, at + 24, sampleKey);
+        memory.set(JAVA_FLOAT, at + 32, (float) params.temperature());
+        memory.set(JAVA_FLOAT, at + 36, (float) params.topP());
+        memory.set(JAVA_FLOAT, at + 40, (float) params.minP());
+        memory.set(JAVA_FLOAT, at + 44, (float) params.repetitionPenalty());
+        memory.set(JAVA_INT, at + 48, params.logprobKind().ordinal());
+        memory.set(JAVA_INT, at + 52, maskedCount);
     }
 
     private void put(MemorySegment memory, Field field, int index, int value) {

@@ -9,7 +9,6 @@ import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
 import java.lang.management.ManagementFactory;
 import java.util.Arrays;
-import java.util.Comparator;
 import java.util.List;
 import java.util.Random;
 import java.util.stream.IntStream;
@@ -36,73 +35,6 @@ class SamplerTest {
 
     private int sample(Sampler sampler, float[] row, SamplingParams params, double uniform) {
         return sampler.sample(segment(row), 12, params, NONE, 0, NONE, uniform, Double.NaN);
-    }
-
-    /** Logits after penalty and mask, and what the definitions say about them. */
-    private static final class Reference {
-        final double[] raw;
-        final double[] scaled;
-        final double[] kept;
-        final double temperature;
-        /** A filter's cut is so close to a bound that rounding decides. */
-        boolean close;
-
-        Reference(float[] row, SamplingParams params, int[] tokens, int[] masked) {
-            raw = logSoftmax(IntStream.range(0, row.length).mapToDouble(i -> row[i]).toArray());
-            float[] edited = row.clone();
-            for (int id : Arrays.stream(tokens).distinct().toArray()) {
-                float penalty = (float) params.repetitionPenalty();
-                edited[id] = edited[id] > 0 ? edited[id] / penalty : edited[id] * penalty;
-            }
-            for (int id : masked) {
-                edited[id] = Float.NEGATIVE_INFINITY;
-            }
-            temperature = params.isGreedy() ? 1 : params.temperature();
-            scaled = logSoftmax(IntStream.range(0, row.length).mapToDouble(i -> edited[i] / temperature).toArray());
-            Integer[] order = IntStream.range(0, row.length).boxed().toArray(Integer[]::new);
-            Arrays.sort(order, Comparator.<Integer>comparingDouble(i -> -(edited[i] + 0f)).thenComparingInt(i -> i));
-            double top = scaled[order[0]];
-            int count = 0;
-            while (count < order.length && Double.isFinite(scaled[order[count]])) {
-                double ratio = Math.exp(scaled[order[count]] - top);
-                close |= params.minP() > 0 && Math.abs(ratio - params.minP()) < 1e-9;
-                if (ratio < params.minP()) {
-                    break;
-                }
-                count++;
-            }
-            if (params.topK() > 0) {
-                count = Math.min(count, params.topK());
-            }
-            double total = 0;
-            for (int i = 0; i < count; i++) {
-                total += Math.exp(scaled[order[i]]);
-            }
-            if (params.topP() < 1) {
-                double sum = 0;
-                int nucleus = 0;
-                while (nucleus < count && sum < params.topP() * total) {
-                    sum += Math.exp(scaled[order[nucleus++]]);
-                    close |= Math.abs(sum / total - params.topP()) < 1e-9;
-                }
-                count = nucleus;
-                total = sum;
-            }
-            kept = new double[row.length];
-            for (int i = 0; i < count; i++) {
-                kept[order[i]] = Math.exp(scaled[order[i]]) / total;
-            }
-        }
-
-        static double[] logSoftmax(double[] x) {
-            double max = Arrays.stream(x).max().orElseThrow();
-            double sum = 0;
-            for (double v : x) {
-                sum += Math.exp(v - max);
-            }
-            double logSum = max + Math.log(sum);
-            return Arrays.stream(x).map(v -> v - logSum).toArray();
-        }
     }
 
     private static float[] randomRow(Random random, int size) {
@@ -138,7 +70,7 @@ class SamplerTest {
             }
             SamplingParams params = randomParams(random, size);
             float max = IntStream.range(0, size).mapToObj(i -> row[i]).max(Float::compare).orElseThrow();
-            Reference reference = new Reference(row, params, NONE, NONE);
+            SamplingReference reference = new SamplingReference(row, params, NONE, NONE);
             if (max == Float.NEGATIVE_INFINITY || reference.close) {
                 continue;
             }
@@ -174,7 +106,7 @@ class SamplerTest {
             int[] tokens = random.ints(random.nextInt(8), 0, size).toArray();
             int[] masked = random.nextInt(3) == 0 && size > 2 ? new int[] {random.nextInt(size)} : NONE;
             SamplingParams params = randomParams(random, size).repetitionPenalty(random.nextInt(2) == 0 ? 1 : 1.3);
-            Reference reference = new Reference(row, params, tokens, masked);
+            SamplingReference reference = new SamplingReference(row, params, tokens, masked);
             if (reference.close) {
                 continue;
             }
@@ -205,7 +137,7 @@ class SamplerTest {
                 SamplingParams.defaults().topK(4), SamplingParams.defaults().topP(0.8).temperature(1.5),
                 SamplingParams.defaults().minP(0.1), SamplingParams.defaults().topK(6).topP(0.9).minP(0.02));
         for (SamplingParams params : cases) {
-            double[] kept = new Reference(row, params, NONE, NONE).kept;
+            double[] kept = new SamplingReference(row, params, NONE, NONE).kept;
             long[] counts = new long[row.length];
             for (int position = 0; position < 200_000; position++) {
                 double uniform = CounterRandom.uniform(42, params.hashCode() % 7, position);
@@ -224,7 +156,7 @@ class SamplerTest {
         float[] row = {1, 4, -2, 4, 4};
         Sampler sampler = new Sampler(row.length);
         assertEquals(1, sample(sampler, row, SamplingParams.greedy(), 0.99));
-        assertEquals(Reference.logSoftmax(new double[] {1, 4, -2, 4, 4})[1], sampler.logprob(), 1e-12);
+        assertEquals(SamplingReference.logSoftmax(new double[] {1, 4, -2, 4, 4})[1], sampler.logprob(), 1e-12);
         sample(sampler, row, SamplingParams.greedy().logprobKind(LogprobKind.TRUNCATED), 0.5);
         assertEquals(0, sampler.logprob());
         int[] tokens = {1, 1, 1};
@@ -232,7 +164,7 @@ class SamplerTest {
                 .logprobKind(LogprobKind.TEMPERATURE), tokens, 3, new int[] {3}, 0, Double.NaN);
         assertEquals(4, token, "1 is penalised (once), 3 is masked");
         double[] edited = {1, 4f / 1.5f, -2, Double.NEGATIVE_INFINITY, 4};
-        assertEquals(Reference.logSoftmax(edited)[4], sampler.logprob(), 1e-7);
+        assertEquals(SamplingReference.logSoftmax(edited)[4], sampler.logprob(), 1e-7);
     }
 
     @Test
