@@ -51,7 +51,7 @@ count, answers, sequences = 64 if what == "chat" else 48, [], []
 for i, ids in enumerate(prompts):
     x = torch.tensor([ids], device="cuda")
     with torch.inference_mode():
-        out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+        out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=count, do_sample=False, pad_token_id=0)
     all, new, at = logprobs(out), out[0, len(ids):].tolist(), list(range(len(ids) - 1, out.shape[1] - 1))
     top = all.topk(2, -1).values
     sequences.append((out, new, at))

@@ -1,0 +1,88 @@
+package dev.tandem.benchmarks;
+
+import dev.tandem.EngineOptions;
+import dev.tandem.HybridEngine;
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.generation.GeneratorOptions;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.training.TrainingSequence;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.Locale;
+import java.util.Random;
+
+/**
+ * An optimizer step on a GPU: random weights in bfloat16, float32 masters and moments, every token trained.
+ *
+ * <pre>
+ * GpuTraining SHAPE…      sequences of 4,096 tokens, and as many tokens in sequences of 200 to 1,500: tokens/s, model FLOPs utilisation, memory
+ * </pre>
+ *
+ * <p>FLOPs are counted as {@code hf_train.py} of the peers counts them: 6 for each parameter and token, and attention without its mask.
+ */
+final class GpuTraining {
+    private static final Device CUDA = Device.cuda(0);
+    private static final int LENGTH = 4096;
+    private static final int SEQUENCES = 8;
+    private static final int WARM_UP = 2;
+    private static final int STEPS = 4;
+
+    /** Of bfloat16 products without sparsity, by the datasheet. */
+    private static final double PEAK = 989e12;
+
+    private GpuTraining() {}
+
+    public static void main(String[] args) {
+        for (String shape : args) {
+            // Room for training: a small KV cache.
+            EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
+                    .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30);
+            ModelConfig config = Shapes.config(shape).withMaxPositions(LENGTH);
+            try (HybridEngine engine = HybridEngine.create(config, null, options)) {
+                Random random = new Random(0);
+                int[] whole = new int[SEQUENCES];
+                Arrays.fill(whole, LENGTH);
+                report(engine, shape + ", " + SEQUENCES + " sequences of 4,096", batch(random, whole));
+                List<Integer> ragged = new ArrayList<>();
+                for (int left = SEQUENCES * LENGTH; left > 200; left -= ragged.getLast()) {
+                    ragged.add(Math.min(left, random.nextInt(200, 1501)));
+                }
+                int[] lengths = ragged.stream().mapToInt(Integer::intValue).toArray();
+                report(engine, shape + ", " + lengths.length + " sequences of 200 to 1,500", batch(random, lengths));
+                System.out.println(engine.memory());
+            }
+        }
+    }
+
+    private static List<TrainingSequence> batch(Random random, int[] lengths) {
+        List<TrainingSequence> batch = new ArrayList<>();
+        for (int length : lengths) {
+            batch.add(TrainingSequence.of(random.ints(length, 0, 150_000).toArray(), 1, 1));
+        }
+        return batch;
+    }
+
+    private static void report(HybridEngine engine, String name, List<TrainingSequence> batch) {
+        for (int i = 0; i < WARM_UP; i++) {
+            engine.train(batch);
+        }
+        Cuda.resetPeak(CUDA);
+        double[] seconds = new double[STEPS];
+        for (int i = 0; i < STEPS; i++) {
+            seconds[i] = engine.train(batch).seconds();
+        }
+        Arrays.sort(seconds);
+        double median = (seconds[STEPS / 2 - 1] + seconds[STEPS / 2]) / 2;
+        ModelConfig config = engine.config();
+        long parameters = engine.onEachRank(rank -> rank.arena().layout().parameters()).getFirst();
+        long tokens = batch.stream().mapToLong(s -> s.tokens().length).sum();
+        double squares = batch.stream().mapToDouble(s -> (double) s.tokens().length * s.tokens().length).sum();
+        double flops = 6.0 * parameters * tokens + 6.0 * config.layers() * config.heads() * config.headDim() * squares;
+        System.out.printf(Locale.ROOT, "%s: %.0f tokens/s, %.3f s a step (%.3f to %.3f), %.1f %% of the peak, %.1f GiB%n", name,
+                tokens / median, median, seconds[0], seconds[STEPS - 1], 100 * flops / median / PEAK,
+                Cuda.allocator(CUDA).peakAllocated() / 0x1p30);
+    }
+}
