@@ -12,12 +12,9 @@
 //     stream;
 //   - where tiles are too few for the device, SPLIT CTAs of a cluster share the k of a tile. Each sends its sums to the CTAs
 //     that finish them, every SPLIT-th of the rows each, through distributed shared memory; they are added in the order of k;
-//   - SHARE CTAs of a cluster with neighbouring tiles, of the same rows, load a part of x each and multicast it to all: at many
-//     rows the traffic from the L2 cache, not the memory's, is what bounds the rate;
 //   - with SPLIT 1 a CTA goes on with further tiles, whose loads run under the epilogue of the last one.
 //
-// A row's result depends on nothing but that row: the order of the sums is given by k and SPLIT, not by ROWS, TILE, SHARE or
-// the grid.
+// A row's result depends on nothing but that row: the order of the sums is given by k and SPLIT, not by ROWS, TILE or the grid.
 //
 // Epilogue. A lane has four sums of every eight rows: weight rows g and g + 8 of the warp's 16, g = lane / 4, and rows of x 2
 // (lane % 4) and the next. This is the transpose of what memory wants, and goes through a buffer of the warpgroup to 16-byte
@@ -29,31 +26,27 @@
 //
 // Tensor maps (cuTensorMapEncodeTiled), all bfloat16 with element strides of 1, no interleave, CU_TENSOR_MAP_SWIZZLE_128B, L2
 // promotion of 128 bytes and no NaN fill; innermost dimension first, strides in bytes without the innermost:
-//   x       sizes (k, rows that exist), strides (2 k), box (64, ROWS / SHARE)
+//   x       sizes (k, rows that exist), strides (2 k), box (64, ROWS)
 //   weight  sizes (k, n), strides (2 k), box (64, TILE); in multiplyGated
 //           sizes (k, 8, 2, n / 8), strides (2 k, 2 k n, 16 k), box (64, 8, 2, TILE / 16)
 //
-// Launch. C = TILE columns of out (multiplyGated: TILE / 2), tiles = ceil(n / (C SHARE)) * ceil(rows / ROWS), in clusters of
-// SPLIT * SHARE CTAs (the kernel's attribute; the launch needs none). Block 2 * TILE + 128 threads. Grid: SPLIT * SHARE times
-//   SPLIT > 1: tiles;   SPLIT 1: ceil(tiles / ceil(tiles / resident)), resident = clusters that the device holds at a time.
+// Launch. C = TILE columns of out (multiplyGated: TILE / 2), tiles = ceil(n / C) * ceil(rows / ROWS). Block 2 * TILE + 128 threads.
+// Grid: SPLIT > 1: SPLIT * tiles, in clusters of SPLIT CTAs (the kernel's attribute; the launch needs none);
+//       SPLIT 1: ceil(tiles / ceil(tiles / resident)), resident = CTAs that the device holds at a time.
 // Dynamic shared memory, with E = SPLIT > 1 ? SPLIT * ceil(ROWS / 8 / SPLIT) * 32 * TILE : 0:
 //   1024 + max(STAGES * (TILE + ROWS) * 128, E) + TILE / 64 * 9216, at most 232448 - 256.
-// rows may exceed ROWS (several tiles of rows). ROWS / SHARE is a multiple of 8; ROWS one of hopper.cuh's NUMBERS_, but not 224 with
-// TILE 192.
+// rows may exceed ROWS (several tiles of rows).
 
 #include "common.cuh"
 
 #ifndef ROWS
-#define ROWS 64    // of x in a tile
+#define ROWS 64    // of x in a tile: 16, 32, 64, 96, 128, 192 or 256
 #endif
 #ifndef TILE
 #define TILE 128   // weight rows in a tile: 64, 128 or 192
 #endif
 #ifndef SPLIT
-#define SPLIT 1    // CTAs that share k
-#endif
-#ifndef SHARE
-#define SHARE 1    // CTAs that share x
+#define SPLIT 1    // CTAs that share k, at most 8
 #endif
 #ifndef STAGES
 #define STAGES 4   // of the ring, at least 2
@@ -78,7 +71,6 @@
 const int BLOCK = 64;                              // elements of k in a stage: the 128 bytes of the swizzle
 const int GROUPS = TILE / 64;                      // consuming warpgroups
 const int CONSUMERS = 128 * GROUPS;
-const int CLUSTER = SPLIT * SHARE;
 const int WEIGHT_BYTES = TILE * BLOCK * 2, STAGE = (TILE + ROWS) * BLOCK * 2;
 const int PIECES = ROWS / WIDTH;                   // instructions that make up the rows
 const int OCTETS = ROWS / 8, OWN = (OCTETS + SPLIT - 1) / SPLIT;  // of rows: in all, and at most those that a CTA finishes
@@ -86,9 +78,7 @@ const int EXCHANGE = SPLIT > 1 ? SPLIT * OWN * CONSUMERS * 16 : 0;
 const int RING = STAGES * STAGE > EXCHANGE ? STAGES * STAGE : EXCHANGE;
 const int STAGING = 4608;                          // bytes of one of a warpgroup's two output buffers
 
-static_assert(ROWS % 16 == 0 && ROWS <= 256 && ROWS / SHARE % 8 == 0, "rows of a tile");
-static_assert(TILE <= 128 || ROWS <= 192 || ROWS == 256, "registers");
-static_assert(TILE % 64 == 0 && TILE <= 192 && CLUSTER <= 8, "weight rows of a tile, CTAs of a cluster");
+static_assert(TILE % 64 == 0 && TILE <= 192 && SPLIT <= 8, "weight rows of a tile, CTAs of a cluster");
 
 // ---- results ---------------------------------------------------------------------------------------------------------------
 
@@ -169,11 +159,11 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
     u32 ring = (sharedAddress(memory) + 1023) & ~1023u;
     unsigned char* staging = memory + (ring - sharedAddress(memory)) + RING;
 
-    int rank = blockIdx.x % CLUSTER, part = rank / SHARE, share = rank % SHARE;
-    int blocks = (k + BLOCK - 1) / BLOCK, firstBlock = blocks * part / SPLIT, steps = blocks * (part + 1) / SPLIT - firstBlock;
-    int rowTiles = (rows + ROWS - 1) / ROWS, tiles = (n + COLUMNS * SHARE - 1) / (COLUMNS * SHARE) * rowTiles;
-    int firstTile = blockIdx.x / CLUSTER, stride = SPLIT > 1 ? tiles : gridDim.x / CLUSTER;
-    auto firstColumn = [&](int tile) { return (tile / rowTiles * SHARE + share) * COLUMNS; };
+    int part = blockIdx.x % SPLIT, blocks = (k + BLOCK - 1) / BLOCK;
+    int firstBlock = blocks * part / SPLIT, steps = blocks * (part + 1) / SPLIT - firstBlock;
+    int rowTiles = (rows + ROWS - 1) / ROWS, tiles = (n + COLUMNS - 1) / COLUMNS * rowTiles;
+    int firstTile = blockIdx.x / SPLIT, stride = SPLIT > 1 ? tiles : gridDim.x;
+    auto firstColumn = [&](int tile) { return tile / rowTiles * COLUMNS; };
     auto firstRow = [&](int tile) { return tile % rowTiles * ROWS; };
 
     auto loadWeights = [&](int stage, int tile, int step) {
@@ -193,7 +183,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
     if (producer) {
         for (int i = 0; i < STAGES; i++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * i), "r"(4 * GROUPS * SHARE) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * i), "r"(4 * GROUPS) : "memory");
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
         for (int i = 0; i < early; i++) {
@@ -202,9 +192,6 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
         asm volatile("prefetch.tensormap [%0];" ::"l"(x) : "memory");
     }
     __syncthreads();
-    if (SHARE > 1) {
-        clusterSync();  // the others' barriers
-    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
 
     int stage = 0;
@@ -224,22 +211,14 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
                         awaitPhase(empty + 8 * stage, phase ^ 1, STAGES + stage);
                         loadWeights(stage, tile, step);
                     }
-                    const int HERE = ROWS / SHARE;
-                    u32 to = ring + stage * STAGE + WEIGHT_BYTES + share * HERE * BLOCK * 2;
-                    int column = (firstBlock + step) * BLOCK, row = firstRow(tile) + share * HERE;
-                    if (SHARE > 1) {
-                        copyTileToAll(to, x, column, row, full + 8 * stage, ((1 << SHARE) - 1) << part * SHARE, EVICT_LAST);
-                    } else {
-                        copyTile(to, x, column, row, full + 8 * stage, EVICT_LAST);
-                    }
+                    u32 to = ring + stage * STAGE + WEIGHT_BYTES;
+                    copyTile(to, x, (firstBlock + step) * BLOCK, firstRow(tile), full + 8 * stage, EVICT_LAST);
                 }
             }
         }
         __syncwarp();
         if (SPLIT > 1) {
             clusterSync();
-            clusterSync();
-        } else if (SHARE > 1) {
             clusterSync();
         }
         return;
@@ -249,13 +228,8 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
         asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     }
     int group = threadIdx.x / 128, lane = threadIdx.x % 32;
-    auto release = [&](int stage) {  // in all CTAs that write to this one
-        if (SHARE > 1) {
-            if (lane < SHARE) {
-                asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
-                             ::"r"(addressIn(empty + 8 * stage, part * SHARE + lane)) : "memory");
-            }
-        } else if (lane == 0) {
+    auto release = [&](int stage) {
+        if (lane == 0) {
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * stage) : "memory");
         }
     };
@@ -299,7 +273,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
         } else {
             clusterSync();  // the products of all are complete, their rings free
             UNROLL for (int i = 0; i < OCTETS; i++) {
-                u32 to = addressIn(ring + ((part * OWN + i % OWN) * CONSUMERS + threadIdx.x) * 16, i / OWN * SHARE + share);
+                u32 to = addressIn(ring + ((part * OWN + i % OWN) * CONSUMERS + threadIdx.x) * 16, i / OWN);
                 const float* v = &c[i / (WIDTH / 8)][i % (WIDTH / 8) * 4];
                 asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
                              ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
@@ -317,9 +291,6 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
             });
         }
     }
-    if (SHARE > 1 && SPLIT == 1) {
-        clusterSync();  // nobody leaves while others still release stages there
-    }
 }
 
 #define MULTIPLY(type, gated) multiplyTiles<type, gated>(&x, &weight, out, rows, k, n, outStride)
@@ -327,8 +298,8 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
 #define MULTIPLY(type, gated) asm("trap;")
 #endif
 
-#if SPLIT * SHARE > 1
-#define KERNEL extern "C" __global__ void __launch_bounds__(2 * TILE + 128, 1) __cluster_dims__(SPLIT * SHARE, 1, 1)
+#if SPLIT > 1 && defined(HOPPER)
+#define KERNEL extern "C" __global__ void __launch_bounds__(2 * TILE + 128, 1) __cluster_dims__(SPLIT, 1, 1)
 #else
 #define KERNEL extern "C" __global__ void __launch_bounds__(2 * TILE + 128, 1)
 #endif

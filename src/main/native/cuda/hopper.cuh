@@ -1,6 +1,6 @@
 // Hopper's asynchronous machinery in PTX, of which NVRTC has no headers at hand: barriers in shared memory that count bytes,
 // clusters, copies of tiles by TMA, products of a warpgroup. For sm_90a only; elsewhere just TensorMap is declared. WIDTH is
-// the number of columns of an instruction (m64nWIDTHk16): 16, or a multiple of 32 up to 256.
+// the number of columns of an instruction (m64nWIDTHk16): 16, 32, 64, 96, 128, 192 or 256.
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
@@ -58,13 +58,6 @@ DEVICE void copyTile(u32 to, const TensorMap* map, int column, int row, u32 barr
                  ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
 
-// To the same place of all the cluster's CTAs in mask, whose barriers at that place count the bytes.
-DEVICE void copyTileToAll(u32 to, const TensorMap* map, int column, int row, u32 barrier, unsigned short mask, u64 policy) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-                 ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
-                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(mask), "l"(policy) : "memory");
-}
-
 // From the map of four dimensions that lays eight gate rows and their eight up rows by turns.
 DEVICE void copyPairs(u32 to, const TensorMap* map, int column, int octet, u32 barrier, u64 policy) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -85,20 +78,18 @@ DEVICE void copyPairs(u32 to, const TensorMap* map, int column, int octet, u32 b
 #define NUMBERS_64 NUMBERS_32 ",%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33"
 #define NUMBERS_96 NUMBERS_64 ",%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49"
 #define NUMBERS_128 NUMBERS_96 ",%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65"
-#define NUMBERS_160 NUMBERS_128 ",%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81"
-#define NUMBERS_192 NUMBERS_160 ",%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97"
-#define NUMBERS_224 NUMBERS_192 ",%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113"
-#define NUMBERS_256 NUMBERS_224 ",%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127,%128,%129"
+#define NUMBERS_192 NUMBERS_128 ",%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81" \
+    ",%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97"
+#define NUMBERS_256 NUMBERS_192 ",%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113" \
+    ",%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127,%128,%129"
 #define FOUR(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define SUMS_16 FOUR(0), FOUR(4)
 #define SUMS_32 SUMS_16, FOUR(8), FOUR(12)
 #define SUMS_64 SUMS_32, FOUR(16), FOUR(20), FOUR(24), FOUR(28)
 #define SUMS_96 SUMS_64, FOUR(32), FOUR(36), FOUR(40), FOUR(44)
 #define SUMS_128 SUMS_96, FOUR(48), FOUR(52), FOUR(56), FOUR(60)
-#define SUMS_160 SUMS_128, FOUR(64), FOUR(68), FOUR(72), FOUR(76)
-#define SUMS_192 SUMS_160, FOUR(80), FOUR(84), FOUR(88), FOUR(92)
-#define SUMS_224 SUMS_192, FOUR(96), FOUR(100), FOUR(104), FOUR(108)
-#define SUMS_256 SUMS_224, FOUR(112), FOUR(116), FOUR(120), FOUR(124)
+#define SUMS_192 SUMS_128, FOUR(64), FOUR(68), FOUR(72), FOUR(76), FOUR(80), FOUR(84), FOUR(88), FOUR(92)
+#define SUMS_256 SUMS_192, FOUR(96), FOUR(100), FOUR(104), FOUR(108), FOUR(112), FOUR(116), FOUR(120), FOUR(124)
 
 // c [64 x WIDTH] += a [64 x 16] b [WIDTH x 16]^T, all of the warpgroup, asynchronously.
 DEVICE void multiplyGroup(float (&c)[WIDTH / 2], u64 a, u64 b) {
