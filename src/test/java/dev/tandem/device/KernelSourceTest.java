@@ -57,6 +57,8 @@ class KernelSourceTest {
         for (String rows : List.of("1", "2", "4")) {
             all.add(new KernelSource("few_rows.cu", Map.of("ROWS", rows, "DEPENDENT_LAUNCH", "1")));
         }
+        all.add(new KernelSource("decode_product.cu", Map.of("ROWS", "128", "TILE", "64", "SPLIT", "2")));
+        all.add(new KernelSource("decode_product.cu", Map.of("ROWS", "256", "TILE", "192", "STAGES", "3")));
         return all.stream();
     }
 
