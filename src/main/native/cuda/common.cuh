@@ -27,7 +27,9 @@ DEVICE float roundBf16(float x) { return lowFloat(packBf16(x, 0.0f)); }
 
 // First thing in every kernel. A kernel may be launched while the one before it in the stream still runs (programmatic dependent
 // launch), which hides most of a launch's latency; here it waits until that one is complete and its writes are visible, and lets the
-// next one be launched in turn. Because every kernel does this before anything else, order is kept along the whole stream.
+// next one be launched in turn. Because every kernel does this before anything else, order is kept along the whole stream. Beware of
+// const pointers that are __restrict__, and of ld.global.nc: they say that memory does not change while the kernel runs, and the
+// compiler then loads from it before the wait.
 DEVICE void followPredecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -271,9 +271,9 @@ DEVICE void gatherSplits(const float* partials, const int* unit, int warp, int l
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
-decodeAttention(const bf16* __restrict__ query, bf16* __restrict__ out, const bf16* __restrict__ kv, int layer, int layers,
-                const int* __restrict__ blockTable, int maxBlocksPerSlot, const int* __restrict__ work,
-                const int* __restrict__ workCount, int maxItems, float* partials, int* counters, float scale) {
+decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers,
+                const int* blockTable, int maxBlocksPerSlot, const int* work,
+                const int* workCount, int maxItems, float* partials, int* counters, float scale) {
     followPredecessor();
     extern __shared__ __align__(128) unsigned char sharedMemory[];
     float* outputs = (float*) (sharedMemory + WARPS * STAGES * STAGE_BYTES);  // [warp][head][PADDED_DIM]

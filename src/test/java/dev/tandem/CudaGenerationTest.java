@@ -1,5 +1,6 @@
 package dev.tandem;
 
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
@@ -120,6 +121,25 @@ class CudaGenerationTest {
             double[] gapAgain = gap(engine, again, 1);
             System.out.printf("six samples each: log-probs within %.3f, mean %.5f; again %.3f, %.5f%n", gap[0], gap[1], gapAgain[0], gapAgain[1]);
             assertTrue(gap[0] < 0.1 && gap[1] < 0.01 && gapAgain[0] < 0.1 && gapAgain[1] < 0.01);
+        }
+    }
+
+    /** Requests come and go, so that steps of many sizes follow each other: whoever reads what is not yet written differs now and then. */
+    @ParameterizedTest
+    @ValueSource(strings = {"llama", "qwen3"})
+    void rolloutsRepeatBitForBit(String family) {
+        ModelConfig config = config(family);
+        GeneratorOptions generation = GeneratorOptions.defaults().blockSize(64).step(4096, 64, 4096).prefixCaching(false);
+        try (HybridEngine engine = HybridEngine.create(config, null, options(generation))) {
+            List<Prompt> prompts = prompts(config, 40, SamplingParams.defaults().maxTokens(60).ignoreEos(true).seed(7L), 1);
+            List<Completion> first = engine.rollout(prompts, c -> {});
+            for (int run = 0; run < 5; run++) {
+                List<Completion> again = engine.rollout(prompts, c -> {});
+                for (int i = 0; i < first.size(); i++) {
+                    assertArrayEquals(first.get(i).tokens(), again.get(i).tokens(), "tokens of prompt " + i + ", run " + run);
+                    assertArrayEquals(first.get(i).logprobs(), again.get(i).logprobs(), "log-probs of prompt " + i + ", run " + run);
+                }
+            }
         }
     }
 

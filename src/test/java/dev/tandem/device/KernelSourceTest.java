@@ -2,6 +2,7 @@ package dev.tandem.device;
 
 import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
@@ -80,6 +81,19 @@ class KernelSourceTest {
         try (Stream<Path> files = Files.list(java.util.Objects.requireNonNull(folder.getParent()))) {
             assertEquals(tested, files.map(f -> f.getFileName().toString()).filter(f -> f.endsWith(".cu")).sorted().toList());
         }
+    }
+
+    /**
+     * Kernels run ahead of what writes their inputs, so none may promise that memory stays as it is: such loads are moved before the
+     * wait. Only weights are read that way.
+     */
+    @Test
+    void noKernelPromisesThatItsInputsStay() {
+        sources().forEach(source -> {
+            String code = source.text().replaceAll("//.*", "");
+            assertFalse(code.contains("__restrict__") || code.contains("__ldg"), source.name());
+            assertTrue(!code.contains("global.nc") || source.name().equals("few_rows.cu"), source.name());
+        });
     }
 
     @Test
