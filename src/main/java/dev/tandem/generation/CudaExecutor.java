@@ -38,9 +38,9 @@ import org.jspecify.annotations.Nullable;
  *
  * <p>Decoding steps are launched as CUDA graphs. A graph has a fixed number of rows, so there is one for each of a few sizes (a step takes
  * the next larger one; padding rows do nothing), captured when its size is met first. Where there are several ways to multiply, a graph of
- * each is timed then, and the choice holds for the life of the process, so that equal inputs go on giving equal results. All graphs share the buffers of {@link CudaDecoder}. Graphs hold
- * addresses, and those of weights, pages and buffers never change, so graphs survive sleep, wake and optimizer steps. Sampling follows
- * outside the graph, because which kernels it needs depends on the requests.
+ * each is timed then, and the choice holds for the life of the process, so that equal inputs go on giving equal results. All graphs share
+ * the buffers of {@link CudaDecoder}. Graphs hold addresses, and those of weights, pages and buffers never change, so graphs survive sleep,
+ * wake and optimizer steps. Sampling follows outside the graph, because which kernels it needs depends on the requests.
  */
 final class CudaExecutor implements StepExecutor {
     private static final int DEPTH = 2;
@@ -232,10 +232,13 @@ final class CudaExecutor implements StepExecutor {
         return CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size, way));
     }
 
-    /** The number of rows of the graph that serves a step: a power of two up to 8, then multiples of 8. */
+    /** The number of rows of the graph that serves a step: a power of two up to 8, then at most a quarter more, in units of 8. */
     private int size(int rows) {
-        int size = rows <= 8 ? Integer.highestOneBit(2 * rows - 1) : (rows + 7) / 8 * 8;
-        return Math.min(size, maxRows);
+        if (rows <= 8) {
+            return Math.min(maxRows, Integer.highestOneBit(2 * rows - 1));
+        }
+        int unit = Math.max(8, Integer.highestOneBit(rows - 1) / 4);
+        return Math.min(maxRows, Math.ceilDiv(rows, unit) * unit);
     }
 
     private void sample(StepPlan plan, RequestTable requests) {

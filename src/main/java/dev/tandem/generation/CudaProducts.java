@@ -155,9 +155,11 @@ final class CudaProducts implements AutoCloseable {
                     weights(ParameterRole.GATE_WEIGHT), buffers.activated);
             // Its result goes where the activation's would.
             found.add(new Way(qkv, output, (x, weight, out) -> gated.run(x, weight, buffers.activated.address()), true, narrow, head));
+            found.add(new Way(qkv, output, byCublas.widen::run, false, narrow, head));
+        } else {
+            Product widen = faster(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, byCublas.widen);
+            found.add(new Way(qkv, output, widen, false, narrow, head));
         }
-        Product widen = faster(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, byCublas.widen);
-        found.add(new Way(qkv, output, widen, false, narrow, head));
     }
 
     private Product faster(int rows, int n, int k, Tensor x, long[] weights, Tensor out, CublasLt.Product byCublas) {

@@ -31,9 +31,9 @@ final class HopperProducts implements AutoCloseable {
     private static final int[] TILE_ROWS = {16, 32, 64, 96, 128, 192, 256};
 
     /** For these many rows variants are chosen; other numbers take the next larger one's. */
-    private static final int[] CLASSES = {16, 32, 64, 96, 128, 160, 192, 256};
+    private static final int[] CLASSES = {16, 64, 128, 192, 256};
 
-    private static final int CANDIDATES = 6;
+    private static final int CANDIDATES = 4;
     private static final int BLOCK = 64;
     private static final int MOST_STAGES = 8;
     private static final int SHARED_BYTES = 232448 - 256;
