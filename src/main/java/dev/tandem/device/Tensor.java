@@ -679,9 +679,20 @@ public final class Tensor implements AutoCloseable {
         return new Tensor(checked(() -> torch.matmul(t, other.t)));
     }
 
-    /** Adds the matrix product of {@code a} [n, k] and {@code b} [k, m] to this [n, m]. */
+    /**
+     * Adds the matrix product of {@code a} [n, k] and {@code b} [k, m] to this [n, m]. To a FLOAT32 matrix, products of BFLOAT16 factors
+     * are added without being rounded in between on a GPU.
+     */
     public Tensor addMatmulInPlace(Tensor a, Tensor b) {
-        checked(() -> t.addmm_(a.t, b.t));
+        if (dtype() == a.dtype()) {
+            checked(() -> t.addmm_(a.t, b.t));
+        } else if (t.is_cuda()) {
+            checked(() -> torch.addmm_out(t, t, a.t, b.t, scalarType(dtype())));
+        } else {
+            try (Scope scope = Scope.open()) {
+                addInPlace(a.matmul(b).to(dtype()));
+            }
+        }
         return this;
     }
 
@@ -840,10 +851,15 @@ public final class Tensor implements AutoCloseable {
         try {
             return operation.call();
         } catch (RuntimeException e) {
-            String message = String.valueOf(e.getMessage());
-            int end = message.indexOf("\nException raised from");
-            String head = end < 0 ? message : message.substring(0, end);
-            throw new IllegalArgumentException(head.substring(0, Math.min(head.length(), MAX_MESSAGE)), e);
+            throw refused(e);
         }
+    }
+
+    /** {@return what to throw when libtorch refuses arguments: its message without the stack that follows it} */
+    static IllegalArgumentException refused(RuntimeException e) {
+        String message = String.valueOf(e.getMessage());
+        int end = message.indexOf("\nException raised from");
+        String head = end < 0 ? message : message.substring(0, end);
+        return new IllegalArgumentException(head.substring(0, Math.min(head.length(), MAX_MESSAGE)), e);
     }
 }

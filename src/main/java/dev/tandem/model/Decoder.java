@@ -39,6 +39,16 @@ public final class Decoder implements AutoCloseable {
             this.positions = positions;
             this.rotation = rotation;
         }
+
+        /** {@return queries and keys [T, heads + KV heads, D] with their positions, where these enter by rotation} */
+        public Tensor rotate(Tensor queryKey) {
+            return rotation == null ? queryKey : rotation.rotate(queryKey);
+        }
+
+        /** {@return the gradient of {@link #rotate}'s argument, from that of its result} */
+        public Tensor rotateBack(Tensor gradient) {
+            return rotation == null ? gradient : rotation.rotateBack(gradient);
+        }
     }
 
     /**

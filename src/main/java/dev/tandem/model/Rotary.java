@@ -30,6 +30,13 @@ final class Rotary implements AutoCloseable {
             Tensor partner = x.reshape(shape[0], shape[1], 2, shape[2] / 2).flip(2).reshape(shape);
             return x.mul(cosine).add(partner.mul(sine));
         }
+
+        /** {@return the gradient of x, from that of {@link #rotate}'s result} The rotation's transpose. */
+        Tensor rotateBack(Tensor gradient) {
+            long[] shape = gradient.shape();
+            Tensor partner = gradient.mul(sine).reshape(shape[0], shape[1], 2, shape[2] / 2).flip(2).reshape(shape);
+            return gradient.mul(cosine).add(partner);
+        }
     }
 
     private final Device device;

@@ -6,12 +6,12 @@ import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Positions;
 
 /**
- * The bytes of activations of a micro-batch, counted from the sizes alone: what {@link LayerwiseModel} keeps between its forward and its
+ * The bytes of activations of a micro-batch, counted from the sizes alone: what a {@link TrainingModel} keeps between its forward and its
  * backward pass.
  *
- * <p>For a GPU the count follows automatic differentiation tensor by tensor and is held against measured peaks
- * ({@code benchmarks/RESULTS.md}). On the CPU, where norms are composed of several operations and nobody can measure, it is an upper
- * bound.
+ * <p>For {@link ManualModel} the count is that of its tensors. For {@link LayerwiseModel} on a GPU it follows automatic differentiation
+ * tensor by tensor and is held against measured peaks ({@code benchmarks/RESULTS.md}); on the CPU, where norms are composed of several
+ * operations, it is an upper bound.
  *
  * @param dtype of the weights and of the activations
  */
@@ -24,8 +24,13 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
         return (int) Math.min(config.layers(), options.activationBudget() / (tokens * layerBytes()));
     }
 
-    /** {@return the most bytes at a time: inputs of all layers, graphs of some or at least one, one chunk of logits} */
+    /** {@return the most bytes at a time: inputs of all layers, what some or at least one keep, one chunk of logits} */
     long bytes(long tokens, int recordedLayers) {
+        if (manual()) {
+            long inputs = (config.layers() - recordedLayers) * tokens * config.hiddenSize() * dtype.bytes();
+            long logits = 2 * Math.min(options.logitBytes(), tokens * config.vocabSize() * Float.BYTES);
+            return inputs + (recordedLayers + 1) * tokens * layerBytes() + logits; // a backward pass makes about as much as a layer keeps
+        }
         long inputs = (config.layers() + 1L) * tokens * config.hiddenSize() * dtype.bytes();
         long graphs = Math.max(1, recordedLayers) * tokens * layerBytes();
         long logits = 2 * Math.min(options.logitBytes(), tokens * config.vocabSize() * Float.BYTES);
@@ -37,8 +42,16 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
         return inputs + graphs + factors + hidden + logits + CUBLAS_WORKSPACE;
     }
 
-    /** What automatic differentiation keeps of one layer for each token. */
+    private boolean manual() {
+        return ManualModel.obstacle(config, device) == null;
+    }
+
+    /** What is kept of one layer for each token. */
     private long layerBytes() {
+        if (manual()) {
+            long widened = (config.gatedMlp() ? 2L : 1L) * config.intermediateSize();
+            return (2L * config.hiddenSize() + 4 * width() + 3 * kvWidth() + widened) * dtype.bytes();
+        }
         long wide = (config.gatedMlp() ? 4L : 2L) * config.intermediateSize();
         if (device.isCpu()) {
             return (8L * config.hiddenSize() + 5 * width() + 3 * kvWidth() + wide) * dtype.bytes();

@@ -36,6 +36,21 @@ final class GradientShard implements AutoCloseable {
         }
     }
 
+    /**
+     * {@return where this rank adds a group's gradients, FLOAT32 of the group's length, until {@link #complete}} A single rank adds to what it
+     * has accumulated, several each to zeros.
+     */
+    Tensor open(WeightGroup group) {
+        return collectives.size() == 1 ? slice(group) : Tensor.zeros(memory.device(), DType.FLOAT32, group.length());
+    }
+
+    /** Sums what all ranks have added since {@link #open} and keeps this rank's slice. Every rank must call this for the same group. */
+    void complete(WeightGroup group, Tensor gradients) {
+        if (collectives.size() > 1) {
+            add(group, gradients);
+        }
+    }
+
     /** {@return this rank's slice of a group's gradients, a view} */
     Tensor slice(WeightGroup group) {
         return flat().narrow(0, group.offset() / collectives.size(), group.length() / collectives.size());

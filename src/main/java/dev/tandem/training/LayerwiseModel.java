@@ -13,7 +13,6 @@ import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.model.WeightLayout;
 import java.util.ArrayList;
-import java.util.Arrays;
 import java.util.List;
 import org.jspecify.annotations.Nullable;
 
@@ -31,7 +30,7 @@ import org.jspecify.annotations.Nullable;
  *
  * <p>Confined to the rank's thread. The owner closes it.
  */
-final class LayerwiseModel implements AutoCloseable {
+final class LayerwiseModel implements TrainingModel {
     private final WeightArena arena;
     private final Decoder decoder;
     private final DeviceMemory memory;
@@ -52,8 +51,8 @@ final class LayerwiseModel implements AutoCloseable {
         activationMemory = new ActivationMemory(arena.layout().config(), arena.dtype(), device, options);
     }
 
-    /** The log-probability and entropy of every trained token, without gradients, for the innermost scope. */
-    TokenValues forward(PackedBatch batch, WeightArena weights, double temperature) {
+    @Override
+    public TokenValues forward(PackedBatch batch, WeightArena weights, double temperature) {
         try (Gradients off = Gradients.disabled(); Scope scope = Scope.open()) {
             Decoder.Placement placement = decoder.place(batch.positions(), batch.longest());
             PackedAttention attention = new PackedAttention(batch.lengths(), weights.layout().config().headDim());
@@ -68,17 +67,12 @@ final class LayerwiseModel implements AutoCloseable {
                     weights.logitMatrix(), temperature, hidden, batch.targets(), options.logitBytes());
             Tensor entropy = Tensor.empty(device, DType.FLOAT32, batch.targets().size(0));
             Tensor logprob = scope.escape(head.forward(entropy));
-            return values(batch, logprob, scope.escape(entropy));
+            return LossGradient.values(batch, logprob, scope.escape(entropy));
         }
     }
 
-    /**
-     * Runs a micro-batch forward and backward and hands each group's gradients on.
-     *
-     * @param batch what to train on, or null when this rank has none left and only takes part in the reductions
-     * @return the micro-batch's part of the loss
-     */
-    double forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients) {
+    @Override
+    public double forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients) {
         allocateBuckets();
         Tensor embeddingGradients = zeroed(embeddingBucket);
         try (Scope scope = Scope.open()) {
@@ -187,27 +181,19 @@ final class LayerwiseModel implements AutoCloseable {
                 try (Gradients off = Gradients.disabled()) {
                     logprob = head.forward(entropy);
                 }
-                Tensor total = loss.loss(values(batch, logprob.requireGradient(), entropy.requireGradient()));
-                if (total.elements() != 1 || !total.requiresGradient()) {
-                    throw new IllegalArgumentException("a loss must be one number that depends on the tokens' log-probs or entropies, "
-                            + (total.elements() != 1 ? "found shape " + Arrays.toString(total.shape()) : "found a constant"));
-                }
-                double value = total.item();
-                total.backward();
+                LossGradient by = LossGradient.of(loss, batch, logprob, entropy);
                 try (Gradients off = Gradients.disabled()) {
-                    Tensor byLogprob = logprob.gradient();
                     boolean tied = arena.layout().config().tiedEmbeddings();
                     Tensor byMatrix = tied
                             ? arena.embedding().part(embeddingGradients, ParameterRole.EMBED_TOKENS)
                             : arena.head().part(bucket, ParameterRole.LM_HEAD);
-                    gradient = head.backward(
-                            byLogprob == null ? logprob.detach().mul(0) : byLogprob, entropy.gradient(), byMatrix);
+                    gradient = head.backward(by.byLogprob(), by.byEntropy(), byMatrix);
                 }
                 hidden.backward(gradient);
                 gradient = scope.escape(present(x.gradient()));
                 gradients.add(arena.head(), bucket);
                 inputs.removeLast().close();
-                return value;
+                return by.value();
             }
         }
 
@@ -257,11 +243,6 @@ final class LayerwiseModel implements AutoCloseable {
         }
     }
 
-    private static TokenValues values(PackedBatch batch, Tensor logprob, Tensor entropy) {
-        return new TokenValues(logprob, entropy, batch.old(), batch.reference(), batch.advantage(), batch.weight(),
-                batch.sequence(), batch.lengths().length);
-    }
-
     private static Tensor present(@Nullable Tensor gradient) {
         if (gradient == null) {
             throw new IllegalStateException("a layer's input has no gradient");
@@ -294,8 +275,8 @@ final class LayerwiseModel implements AutoCloseable {
         return bucket.fillInPlace(0);
     }
 
-    /** Gives the gradient buckets back until the next backward pass. */
-    void releaseBuckets() {
+    @Override
+    public void releaseBuckets() {
         if (layerBucket != null && headBucket != null && embeddingBucket != null) {
             layerBucket.close();
             headBucket.close();

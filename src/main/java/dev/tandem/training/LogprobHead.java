@@ -108,11 +108,7 @@ final class LogprobHead {
                 Tensor typed = gradient.to(matrix.dtype());
                 byHidden.add(scope.escape(typed.matmul(matrix)));
                 Tensor rowsOfHidden = hidden.narrow(0, start, rows);
-                if (byMatrix.dtype() == matrix.dtype()) {
-                    byMatrix.addMatmulInPlace(typed.transpose(0, 1), rowsOfHidden);
-                } else {
-                    byMatrix.addInPlace(typed.transpose(0, 1).matmul(rowsOfHidden));
-                }
+                byMatrix.addMatmulInPlace(typed.transpose(0, 1), rowsOfHidden);
             }
         }
         if (keptLogits != null) {

@@ -15,7 +15,9 @@ public record MemoryNeeds(long optimizer, long gradients, long activations) {
     /** {@return the needs of a rank} */
     public static MemoryNeeds of(WeightLayout layout, DType dtype, Device device, TrainerOptions options) {
         long slice = layout.length() / layout.shards() * Float.BYTES;
-        long buckets = LayerwiseModel.bucketBytes(layout, dtype);
+        long buckets = ManualModel.obstacle(layout.config(), device) == null
+                ? ManualModel.bucketBytes(layout)
+                : LayerwiseModel.bucketBytes(layout, dtype);
         int tokens = options.microBatchTokens();
         ActivationMemory activations = new ActivationMemory(layout.config(), dtype, device, options);
         return new MemoryNeeds(slice * (dtype == DType.FLOAT32 ? 2 : 3), slice + buckets,

@@ -17,7 +17,7 @@ public final class RankTrainer implements AutoCloseable {
     private final DeviceMemory memory;
     private final TrainerOptions options;
     private final boolean parks;
-    private final LayerwiseModel model;
+    private final TrainingModel model;
     private final GradientShard gradients;
     private @Nullable ShardedAdamW optimizer;
 
@@ -35,7 +35,9 @@ public final class RankTrainer implements AutoCloseable {
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        model = new LayerwiseModel(arena, decoder, memory, options);
+        model = ManualModel.obstacle(arena.layout().config(), memory.device()) == null && !Boolean.getBoolean("x.autograd")
+                ? new ManualModel(arena, decoder, memory, options)
+                : new LayerwiseModel(arena, decoder, memory, options);
         gradients = new GradientShard(arena.layout(), collectives, memory);
     }
 
