@@ -55,6 +55,9 @@ class KernelSourceTest {
         all.add(new KernelSource("sampling.cu", Map.of()));
         all.add(new KernelSource("truncation.cu", Map.of()));
         all.add(new KernelSource("step.cu", Map.of()));
+        all.add(new KernelSource("optimizer.cu", Map.of()));
+        all.add(new KernelSource("optimizer.cu", Map.of("MOMENTS_BF16", "1")));
+        all.add(new KernelSource("optimizer.cu", Map.of("WEIGHTS_FLOAT", "1")));
         for (String rows : List.of("1", "2", "4")) {
             all.add(new KernelSource("few_rows.cu", Map.of("ROWS", rows, "DEPENDENT_LAUNCH", "1")));
         }

@@ -1,0 +1,338 @@
+// The end of a training step: the norm of the gradient, the decision whether the step counts, and AdamW. Nothing is read by the
+// host in between; what has been decided lies in a small struct in device memory.
+//
+// Norm. The squares are summed in float64, in which the square of a float32 is exact, so nothing overflows or vanishes that is
+// not itself beyond float32. Two stages in a fixed order: `squares` leaves one sum per block, `normAndScale` adds these. The bits
+// depend on the elements, on the number of blocks and on the gradient's address modulo 16. Ranks that each hold a slice add up
+// their partial sums, element by element, and their losses between the two stages; then all of them decide alike.
+//   norm = sqrt(sum of g^2),  scale = norm > clip ? clip / (norm + 1e-6) : 1        (Pascanu, Mikolov and Bengio 2013)
+// If norm (as float32) or loss is not finite, the step is skipped: it is counted, and `adamw` leaves weights, masters and moments
+// as they are. It still clears the gradient if it was to, for that is what must not survive.
+//
+// AdamW (Loshchilov and Hutter 2019), for each element and the t-th step that is not skipped:
+//   g  = scale * gradient
+//   m  = m + (1 - beta1) (g - m)                          first moment
+//   v  = beta2 v + (1 - beta2) g^2                        second moment
+//   w  = w - lr * decay * w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+// Decay and update are added before they are taken from w, so w is rounded once; w is the float32 master, of which the model's
+// bfloat16 weight is the rounding to nearest even. Corrections and other factors are computed in float64, once for each block.
+//
+// Moments of 16 bits (MOMENTS_BF16): the update uses m and v before they are rounded; what is kept is rounded up or down at
+// random with the probabilities that leave the mean unchanged, or a slow average would stand still: with beta2 = 0.999 most steps
+// change v by less than half of its last bit. The bits come from CounterRandom.bits(seed, t, index of the element): 16 for m, the
+// next 16 for v. So a run repeats bit for bit, however the elements are spread over launches and devices.
+//
+// Memory is the limit. Bytes for each element, read + written (+ 4 where the gradient is cleared):
+//   float32 moments 16 + 14;  bfloat16 moments 12 + 10;  float32 weights 16 + 12, with bfloat16 moments 12 + 8
+// Four elements an access (16 bytes of float32), VECTORS of them at a distance per thread, so that each access of a warp is
+// contiguous. What a block needs first is under way while its factors are computed.
+//
+// Arguments
+//   gradient       float32 [n];  first, second  Moment [n];  master float32 [n] (unused with WEIGHTS_FLOAT);  weights Weight [n]
+//   n              any number, 64 bits. Pointers may have any alignment their type allows; where no offset makes all vectors
+//                  aligned at once, elements are taken one by one, with the same results. Nothing outside [0, n) is touched.
+//   partial        float64 [parts]: every one is written
+//   clip           float64, infinity for none;  loss  float32 [1] or null
+//   state          StepState, 32 bytes, zeros at the start of a training; a restored one needs `step` again
+//   lr, beta1, beta2, epsilon, decay   float64, decay 0 where weights do not decay
+//   clear          1: the gradient is zeros afterwards, skipped step or not
+//   seed, index    for MOMENTS_BF16: the run's seed, and which element of the whole model the first one is
+// Launches, in this order, 256 threads each
+//   squares        grid (parts). The same parts always, for the same bits; residentBlocks * multiprocessors (5 * 132 on an H200).
+//   normAndScale   grid (1)
+//   adamw          once for each run of elements with the same decay. Any grid gives the same bits:
+//                  min(ceil(n / (1024 * VECTORS)), residentBlocks * multiprocessors), at least 1.
+//
+// Macros: MOMENTS_BF16, WEIGHTS_FLOAT (the model itself is float32: its weights are their own masters), VECTORS.
+
+#include "common.cuh"
+
+#ifndef MOMENTS_BF16
+#define MOMENTS_BF16 0
+#endif
+#ifndef WEIGHTS_FLOAT
+#define WEIGHTS_FLOAT 0
+#endif
+#ifndef VECTORS
+#define VECTORS 2
+#endif
+
+#define UNROLL _Pragma("unroll")
+
+#if MOMENTS_BF16
+typedef bf16 Moment;
+#else
+typedef float Moment;
+#endif
+#if WEIGHTS_FLOAT
+typedef float Weight;
+#else
+typedef bf16 Weight;
+#endif
+
+constexpr int THREADS = 256;
+constexpr int SQUARES_VECTORS = 4;
+
+struct __align__(16) StepState {
+    float norm;      // before clipping
+    float scale;     // of the gradient
+    int apply;       // whether norm and loss are finite
+    int skipped;     // steps so far in which they were not
+    long long step;  // steps so far in which they were
+    float loss;
+    int unused;
+};
+
+// ---- four elements at a time -----------------------------------------------------------------------------------------------
+
+// All is used once in a step and is far larger than the cache.
+DEVICE void load(float (&x)[4], const float* from) {
+    float4 four = __ldcs(reinterpret_cast<const float4*>(from));
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+
+DEVICE void load(float (&x)[4], const bf16* from) {
+    uint2 four = __ldcs(reinterpret_cast<const uint2*>(from));
+    x[0] = lowFloat(four.x), x[1] = highFloat(four.x), x[2] = lowFloat(four.y), x[3] = highFloat(four.y);
+}
+
+DEVICE void store(float* to, const float (&x)[4]) {
+    __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+}
+
+DEVICE void store(bf16* to, const float (&x)[4]) {
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(packBf16(x[0], x[1]), packBf16(x[2], x[3])));
+}
+
+DEVICE float toFloat(float x) { return x; }
+DEVICE void store(float* to, float x) { *to = x; }
+DEVICE void store(bf16* to, float x) { *to = toBf16(x); }
+
+template <typename T>
+DEVICE bool aligned(const T* pointer) { return (u64) pointer % (4 * sizeof(T)) == 0; }
+
+// How n elements are cut: `lead` before the first aligned vector, the vectors, and `rest`, in which the lead is counted.
+struct Cut {
+    long long lead, vectors, rest;
+
+    // The element of the i-th of the rest.
+    __device__ long long restAt(long long i) const { return i < lead ? i : i + 4 * vectors; }
+};
+
+DEVICE long long leadOf(const float* pointer, long long n) { return min((long long) (-((u64) pointer / 4) & 3), n); }
+
+DEVICE Cut cutAt(long long lead, long long n) {
+    const long long vectors = (n - lead) / 4;
+    return {lead, vectors, n - 4 * vectors};
+}
+
+// ---- norm ------------------------------------------------------------------------------------------------------------------
+
+// The sum over the block, in thread 0.
+DEVICE double blockSum(double x) {
+    __shared__ double sums[THREADS];
+    sums[threadIdx.x] = x;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) {
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+        }
+    }
+    return sums[0];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 5)
+        squares(const float* gradient, long long n, double* partial, int parts) {
+    followPredecessor();
+    const Cut cut = cutAt(leadOf(gradient, n), n);
+    const float* from = gradient + cut.lead;
+    const long long stride = (long long) parts * THREADS;
+    double sums[4] = {0.0, 0.0, 0.0, 0.0};
+    for (long long at = (long long) blockIdx.x * (SQUARES_VECTORS * THREADS) + threadIdx.x; at < cut.vectors;
+         at += SQUARES_VECTORS * stride) {
+        float x[SQUARES_VECTORS][4];
+        UNROLL for (int k = 0; k < SQUARES_VECTORS; k++) {
+            if (at + k * THREADS < cut.vectors) {
+                load(x[k], from + 4 * (at + k * THREADS));
+            } else {
+                x[k][0] = x[k][1] = x[k][2] = x[k][3] = 0.0f;
+            }
+        }
+        UNROLL for (int k = 0; k < SQUARES_VECTORS; k++) UNROLL for (int i = 0; i < 4; i++) {
+            sums[i] = fma((double) x[k][i], (double) x[k][i], sums[i]);
+        }
+    }
+    for (long long i = (long long) blockIdx.x * THREADS + threadIdx.x; i < cut.rest; i += stride) {
+        const double x = gradient[cut.restAt(i)];
+        sums[0] = fma(x, x, sums[0]);
+    }
+    const double sum = blockSum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if (threadIdx.x == 0) {
+        partial[blockIdx.x] = sum;
+    }
+}
+
+DEVICE bool isFinite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+        normAndScale(const double* partial, int parts, double clip, const float* loss, StepState* state) {
+    followPredecessor();
+    double sum = 0.0;
+    UNROLL for (int i = threadIdx.x; i < parts; i += THREADS) {
+        sum += partial[i];
+    }
+    sum = blockSum(sum);
+    if (threadIdx.x == 0) {
+        const double norm = sqrt(sum);
+        const float lossValue = loss ? *loss : 0.0f;
+        const bool finite = isFinite((float) norm) && isFinite(lossValue);
+        state->norm = (float) norm;
+        state->scale = norm > clip ? (float) (clip / (norm + 1e-6)) : 1.0f;
+        state->apply = finite;
+        state->skipped += !finite;
+        state->step += finite;
+        state->loss = lossValue;
+    }
+}
+
+// ---- AdamW -----------------------------------------------------------------------------------------------------------------
+
+// What is the same for all elements.
+struct Factors {
+    float scale, beta2, complement1, complement2;    // complements: 1 - beta
+    float rate, inverseCorrection, epsilon, lrDecay;
+    u64 key;                                         // of the random bits
+    int apply;
+};
+
+// SplitMix64's finaliser and increment; see CounterRandom.
+constexpr u64 GAMMA = 0x9E3779B97F4A7C15ull;
+
+DEVICE u64 mix(u64 z) {
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+DEVICE Factors factorsOf(const StepState* state, double lr, double beta1, double beta2, double epsilon, double decay, u64 seed) {
+    const StepState now = *state;
+    // Powers by squaring: a fraction of pow's latency, in which the block waits; the error is step * 2^-53 at most.
+    double power1 = 1.0, power2 = 1.0, square1 = beta1, square2 = beta2;
+    for (long long rest = now.step; rest > 0; rest >>= 1) {
+        if (rest & 1) {
+            power1 *= square1;
+            power2 *= square2;
+        }
+        square1 *= square1;
+        square2 *= square2;
+    }
+    Factors f;
+    f.scale = now.scale;
+    f.beta2 = (float) beta2;
+    f.complement1 = (float) (1.0 - beta1);
+    f.complement2 = (float) (1.0 - beta2);
+    f.rate = (float) (lr / (1.0 - power1));
+    f.inverseCorrection = (float) (1.0 / sqrt(1.0 - power2));
+    f.epsilon = (float) epsilon;
+    f.lrDecay = (float) (lr * decay);
+    f.key = mix((mix(seed + GAMMA) ^ (u64) now.step) + GAMMA);
+    f.apply = now.apply;
+    return f;
+}
+
+// x rounded to a bfloat16 next to it: the 16 bits of noise carry into those that stay with the probability of the part cut off.
+DEVICE float roundRandomly(float x, u32 noise) {
+    return isFinite(x) ? __uint_as_float((__float_as_uint(x) + noise) & 0xffff0000u) : x;
+}
+
+// Not rounded to the last bit, but without a branch for zeros, of which rows of tokens that never occur are full. What it yields
+// is scaled by the learning rate, and its last bits do not reach the weight.
+DEVICE float squareRoot(float x) {
+    float y;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE void update(const Factors& f, float gradient, float& first, float& second, float& weight, long long index) {
+    const float g = __fmul_rn(gradient, f.scale);  // not contracted with what follows, anywhere
+    first = fmaf(f.complement1, g - first, first);
+    second = fmaf(f.complement2 * g, g, f.beta2 * second);
+    const float denominator = fmaf(squareRoot(second), f.inverseCorrection, f.epsilon);
+    weight -= fmaf(f.rate, __fdividef(first, denominator), f.lrDecay * weight);
+    if (MOMENTS_BF16) {
+        const u32 noise = (u32) mix((f.key ^ (u64) index) + GAMMA);
+        first = roundRandomly(first, noise & 0xffff);
+        second = roundRandomly(second, noise >> 16);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
+        adamw(float* gradient, Moment* first, Moment* second, float* master, Weight* weights, long long n, double lr,
+              double beta1, double beta2, double epsilon, double decay, int clear, u64 seed, long long index,
+              const StepState* state) {
+    followPredecessor();
+    __shared__ Factors shared;
+    float* current = WEIGHTS_FLOAT ? (float*) weights : master;
+    const long long lead = leadOf(gradient, n);
+    const bool together = aligned(first + lead) && aligned(second + lead) && aligned(current + lead) && aligned(weights + lead);
+    const Cut cut = together ? cutAt(lead, n) : Cut{n, 0, n};
+
+    const long long start = (long long) blockIdx.x * (VECTORS * THREADS) + threadIdx.x;
+    const long long stride = (long long) gridDim.x * (VECTORS * THREADS);
+    float g[VECTORS][4], m[VECTORS][4], v[VECTORS][4], w[VECTORS][4];
+    auto fetch = [&](long long from) {
+        UNROLL for (int k = 0; k < VECTORS; k++) if (from + k * THREADS < cut.vectors) {
+            const long long at = cut.lead + 4 * (from + k * THREADS);
+            load(g[k], gradient + at);
+            load(m[k], first + at);
+            load(v[k], second + at);
+            load(w[k], current + at);
+        }
+    };
+    fetch(start);
+    if (threadIdx.x == 0) {
+        shared = factorsOf(state, lr, beta1, beta2, epsilon, decay, seed);
+    }
+    __syncthreads();
+    const Factors f = shared;
+    if (!f.apply && !clear) {
+        return;
+    }
+    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (long long from = start; from < cut.vectors; from += stride) {
+        UNROLL for (int k = 0; k < VECTORS; k++) if (from + k * THREADS < cut.vectors) {
+            const long long at = cut.lead + 4 * (from + k * THREADS);
+            if (f.apply) {
+                UNROLL for (int i = 0; i < 4; i++) {
+                    update(f, g[k][i], m[k][i], v[k][i], w[k][i], index + at + i);
+                }
+                store(first + at, m[k]);
+                store(second + at, v[k]);
+                store(current + at, w[k]);
+                if (!WEIGHTS_FLOAT) {
+                    store(weights + at, w[k]);
+                }
+            }
+            if (clear) {
+                store(gradient + at, zeros);
+            }
+        }
+        fetch(from + stride);
+    }
+    for (long long i = (long long) blockIdx.x * THREADS + threadIdx.x; i < cut.rest; i += (long long) gridDim.x * THREADS) {
+        const long long at = cut.restAt(i);
+        if (f.apply) {
+            float mean = toFloat(first[at]), square = toFloat(second[at]), weight = current[at];
+            update(f, gradient[at], mean, square, weight, index + at);
+            store(first + at, mean);
+            store(second + at, square);
+            store(current + at, weight);
+            if (!WEIGHTS_FLOAT) {
+                store(weights + at, weight);
+            }
+        }
+        if (clear) {
+            gradient[at] = 0.0f;
+        }
+    }
+}
