@@ -63,6 +63,9 @@ class KernelSourceTest {
         }
         all.add(new KernelSource("decode_product.cu", Map.of("ROWS", "128", "TILE", "64", "SPLIT", "2")));
         all.add(new KernelSource("decode_product.cu", Map.of("ROWS", "256", "TILE", "192", "STAGES", "3")));
+        for (String ctas : List.of("1", "2", "4", "8")) {
+            all.add(new KernelSource("logprob.cu", Map.of("CTAS", ctas)));
+        }
         return all.stream();
     }
 
