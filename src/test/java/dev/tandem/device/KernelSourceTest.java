@@ -51,6 +51,13 @@ class KernelSourceTest {
             macros.putAll(Map.of("LAYER_NORM", opt ? "1" : "0", "POST_NORM", "0", "FINAL_NORM", "1", "GATED", opt ? "0" : "1",
                     "ACTIVATION", opt ? "1" : "0", "WRITE_BACK", "0"));
             all.add(new KernelSource("layer.cu", macros));
+            all.add(new KernelSource("train_norm.cu", Map.of("LAYER_NORM", opt ? "1" : "0")));
+            all.add(new KernelSource("train_rotary.cu", Map.of("HEAD_DIM", "" + shape[2])));
+        }
+        for (String gated : List.of("0", "1")) {
+            for (String activation : List.of("0", "1", "2", "3")) {
+                all.add(new KernelSource("train_layer.cu", Map.of("GATED", gated, "ACTIVATION", activation)));
+            }
         }
         all.add(new KernelSource("sampling.cu", Map.of()));
         all.add(new KernelSource("truncation.cu", Map.of()));
