@@ -12,6 +12,7 @@ import dev.tandem.generation.StepLayout.Field;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.ParameterRole;
 import dev.tandem.model.Positions;
+import dev.tandem.model.RotaryTables;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import java.util.ArrayDeque;
@@ -56,8 +57,7 @@ final class CudaDecoder implements AutoCloseable {
     private final Tensor activated;
     private final Tensor hidden;
     private final Tensor logits;
-    private final @Nullable Tensor cosines;
-    private final @Nullable Tensor sines;
+    private final @Nullable RotaryTables rotary;
     private final Tensor work;
     private final Tensor partials;
     private final Tensor counters;
@@ -125,9 +125,11 @@ final class CudaDecoder implements AutoCloseable {
             work = own(Tensor.zeros(device, DType.INT32, 8L * maxItems + 8));
             partials = own(Tensor.empty(device, DType.FLOAT32, (long) maxItems * heads * (dim + 4)));
             counters = own(Tensor.zeros(device, DType.INT32, (long) maxRows * kvHeads));
-            Tensor[] tables = config.positions() instanceof Positions.Rope rope ? tables(rope) : null;
-            cosines = tables == null ? null : own(tables[0]);
-            sines = tables == null ? null : own(tables[1]);
+            RotaryTables tables = RotaryTables.of(config, device);
+            if (tables != null) {
+                owned.push(tables::close);
+            }
+            rotary = tables;
             products = new CudaProducts(device, arena,
                     new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits));
             owned.push(products::close);
@@ -187,20 +189,6 @@ final class CudaDecoder implements AutoCloseable {
     /** Elements from one row of logits to the next. */
     private static long rowStride(ModelConfig config) {
         return (config.vocabSize() + 7L) / 8 * 8;
-    }
-
-    private Tensor[] tables(Positions.Rope rope) {
-        int half = config.headDim() / 2;
-        double[] frequencies = rope.inverseFrequencies(config.headDim());
-        float[] single = new float[half];
-        for (int i = 0; i < half; i++) {
-            single[i] = (float) frequencies[i];
-        }
-        Tensor angles = Tensor.range(device, config.maxPositions()).to(DType.FLOAT32).unsqueeze(1)
-                .mul(Tensor.of(device, single).unsqueeze(0)).to(DType.FLOAT64);
-        return new Tensor[] {
-            angles.cos().mul(rope.attentionScale()).to(DType.FLOAT32), angles.sin().mul(rope.attentionScale()).to(DType.FLOAT32)
-        };
     }
 
     /** {@return bytes of all buffers, known from the sizes alone} */
@@ -315,7 +303,7 @@ final class CudaDecoder implements AutoCloseable {
     private void rotate(int layer, WeightGroup w, int tokens, long positions, long slots, long count) {
         kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), qkv.address(), address(w.find(ParameterRole.Q_BIAS)),
                 address(w.find(ParameterRole.Q_NORM)), address(w.find(ParameterRole.K_NORM)), (float) config.normEps(),
-                address(cosines), address(sines), positions, slots, input.address(Field.TABLES), input.layout().tableWidth(), pages,
+                address(rotary == null ? null : rotary.cosines()), address(rotary == null ? null : rotary.sines()), positions, slots, input.address(Field.TABLES), input.layout().tableWidth(), pages,
                 layer, config.layers(), query.address(), count);
     }
 

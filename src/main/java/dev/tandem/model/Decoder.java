@@ -62,6 +62,11 @@ public final class Decoder implements AutoCloseable {
         return new Placement(positions, rotary == null ? null : rotary.at(positions, limit, config.heads() + config.kvHeads()));
     }
 
+    /** {@return where tokens stand, for {@link #embed} alone} */
+    public Placement placeEmbeddings(Tensor positions) {
+        return new Placement(positions, null);
+    }
+
     /** {@return hidden states [T, E] of tokens, INT64 [T]} */
     public Tensor embed(WeightGroup embedding, Tensor tokens, Placement placement) {
         Tensor x = embedding.weight(ParameterRole.EMBED_TOKENS).indexSelect(0, tokens);

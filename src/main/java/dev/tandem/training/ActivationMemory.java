@@ -28,8 +28,12 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
     long bytes(long tokens, int recordedLayers) {
         if (manual()) {
             long inputs = (config.layers() - recordedLayers) * tokens * config.hiddenSize() * dtype.bytes();
-            long logits = 2 * Math.min(options.logitBytes(), tokens * config.vocabSize() * Float.BYTES);
-            return inputs + (recordedLayers + 1) * tokens * layerBytes() + logits; // a backward pass makes about as much as a layer keeps
+            long head = device.isCpu()
+                    ? 2 * Math.min(options.logitBytes(), tokens * config.vocabSize() * Float.BYTES)
+                    : KernelLogprobHead.bytes(tokens, config.vocabSize(), options) + CUBLAS_WORKSPACE;
+            // A backward pass makes about as much as a layer keeps, and a layer that runs again keeps that too; the head has gone then.
+            long layer = tokens * layerBytes();
+            return inputs + recordedLayers * layer + Math.max(head, (recordedLayers < config.layers() ? 2 : 1) * layer);
         }
         long inputs = (config.layers() + 1L) * tokens * config.hiddenSize() * dtype.bytes();
         long graphs = Math.max(1, recordedLayers) * tokens * layerBytes();
@@ -43,14 +47,15 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
     }
 
     private boolean manual() {
-        return ManualModel.obstacle(config, device) == null;
+        return ManualModel.obstacle(config, dtype, device) == null;
     }
 
     /** What is kept of one layer for each token. */
     private long layerBytes() {
         if (manual()) {
             long widened = (config.gatedMlp() ? 2L : 1L) * config.intermediateSize();
-            return (2L * config.hiddenSize() + 4 * width() + 3 * kvWidth() + widened) * dtype.bytes();
+            long attention = device.isCpu() ? 4 * width() + 3 * kvWidth() : 3 * width() + 4 * kvWidth();
+            return (2L * config.hiddenSize() + attention + widened) * dtype.bytes() + 8L * config.heads();
         }
         long wide = (config.gatedMlp() ? 4L : 2L) * config.intermediateSize();
         if (device.isCpu()) {

@@ -20,16 +20,21 @@ interface LayerOperations {
     /** {@return the norm of x + addend, or of x} */
     Normed norm(Tensor x, @Nullable Tensor addend, @Nullable Tensor weight, @Nullable Tensor bias);
 
-    /** {@return the normed values again, from what {@link #norm} returned} */
-    Tensor normAgain(Tensor sum, Tensor statistics, @Nullable Tensor weight, @Nullable Tensor bias);
+    /**
+     * What a backward pass returns beside gradients of weights.
+     *
+     * @param gradient of the input
+     * @param again the forward pass's result, computed again: the gradient of the weight that it is multiplied with needs it
+     */
+    record Backward(Tensor gradient, Tensor again) {}
 
     /**
      * {@return the gradient of the sum [T, E]: the norm's and what comes to it by other ways}
      *
      * @param byOthers [T, E] or null
      */
-    Tensor normBackward(Tensor byNormed, Tensor sum, Tensor statistics, @Nullable Tensor weight, @Nullable Tensor byOthers,
-            @Nullable Tensor weightGradient, @Nullable Tensor biasGradient);
+    Backward normBackward(Tensor byNormed, Tensor sum, Tensor statistics, @Nullable Tensor weight, @Nullable Tensor bias,
+            @Nullable Tensor byOthers, @Nullable Tensor weightGradient, @Nullable Tensor biasGradient);
 
     /**
      * Queries [T, H, D], keys and values [T, K, D].
@@ -69,7 +74,7 @@ interface LayerOperations {
     Tensor activate(Tensor widened, @Nullable Tensor bias);
 
     /** {@return the gradient of {@code widened}} The bias has the same, summed over tokens. */
-    Tensor activateBackward(Tensor widened, @Nullable Tensor bias, Tensor byActivated);
+    Backward activateBackward(Tensor widened, @Nullable Tensor bias, Tensor byActivated);
 
     /** Adds the sum over the rows of x [T, N] to a vector [N]. */
     void addColumnSums(Tensor x, Tensor into);

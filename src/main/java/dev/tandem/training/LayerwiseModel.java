@@ -63,7 +63,7 @@ final class LayerwiseModel implements TrainingModel {
                 }
             }
             Tensor hidden = decoder.finish(weights.head(), x.indexSelect(0, batch.rows()));
-            LogprobHead head = new LogprobHead(
+            LogprobHead head = new TensorLogprobHead(
                     weights.logitMatrix(), temperature, hidden, batch.targets(), options.logitBytes());
             Tensor entropy = Tensor.empty(device, DType.FLOAT32, batch.targets().size(0));
             Tensor logprob = scope.escape(head.forward(entropy));
@@ -174,7 +174,7 @@ final class LayerwiseModel implements TrainingModel {
                 Tensor bucket = zeroed(headBucket);
                 weights.accumulateInto(bucket);
                 Tensor hidden = decoder.finish(weights, x.indexSelect(0, batch.rows()));
-                LogprobHead head = new LogprobHead(arena.logitMatrix(), temperature, hidden.detach(), batch.targets(),
+                LogprobHead head = new TensorLogprobHead(arena.logitMatrix(), temperature, hidden.detach(), batch.targets(),
                         options.logitBytes());
                 Tensor entropy = Tensor.empty(device, DType.FLOAT32, batch.targets().size(0));
                 Tensor logprob;

@@ -30,7 +30,9 @@ record LossGradient(double value, Tensor byLogprob, @Nullable Tensor byEntropy) 
         total.backward();
         try (Gradients off = Gradients.disabled()) {
             Tensor byLogprob = logprob.gradient();
-            return new LossGradient(value, byLogprob == null ? logprob.detach().mul(0) : byLogprob, entropy.gradient());
+            Tensor byEntropy = entropy.gradient();
+            return new LossGradient(value, byLogprob == null ? logprob.detach().mul(0) : byLogprob.contiguous(),
+                    byEntropy == null ? null : byEntropy.contiguous());
         }
     }
 

@@ -15,6 +15,7 @@ import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.model.WeightLayout;
 import dev.tandem.training.LayerOperations.Attended;
+import dev.tandem.training.LayerOperations.Backward;
 import dev.tandem.training.LayerOperations.Heads;
 import dev.tandem.training.LayerOperations.Normed;
 import java.util.ArrayDeque;
@@ -43,16 +44,14 @@ final class ManualModel implements TrainingModel {
     private final TrainerOptions options;
     private final Device device;
     private final ActivationMemory activationMemory;
+    private final @Nullable TrainingKernels kernels;
 
     /** {@return what of a model is not computed here, or null if all is} */
-    static @Nullable String obstacle(ModelConfig config, Device device) {
-        if (!device.isCpu()) {
-            return "the operations of a layer are those of the CPU";
-        }
+    static @Nullable String obstacle(ModelConfig config, DType dtype, Device device) {
         if (!config.normFirst() || !config.finalNorm() || config.embeddingSize() != config.hiddenSize()) {
             return "norms follow their blocks, or embeddings are projected";
         }
-        return null;
+        return device.isCpu() ? null : TrainingKernels.obstacle(config, dtype);
     }
 
     /** {@return the bytes in which several ranks collect a group's gradients before they are reduced; one rank needs none} */
@@ -69,6 +68,7 @@ final class ManualModel implements TrainingModel {
         config = arena.layout().config();
         device = memory.device();
         activationMemory = new ActivationMemory(config, arena.dtype(), device, options);
+        kernels = device.isCpu() ? null : new TrainingKernels(config, device);
     }
 
     /** A residual stream: the last sum, and what is still to be added to it. */
@@ -161,8 +161,12 @@ final class ManualModel implements TrainingModel {
         Pass(PackedBatch batch, WeightArena weights) {
             this.batch = batch;
             this.weights = weights;
-            placement = decoder.place(batch.positions(), batch.longest());
-            operations = new TensorOperations(config, placement, batch.lengths());
+            placement = kernels == null
+                    ? decoder.place(batch.positions(), batch.longest())
+                    : decoder.placeEmbeddings(batch.positions());
+            operations = kernels == null
+                    ? new TensorOperations(config, placement, batch.lengths())
+                    : new KernelOperations(kernels, batch);
         }
 
         Stream embed() {
@@ -210,8 +214,10 @@ final class ManualModel implements TrainingModel {
         }
 
         LogprobHead head(Tensor normed, double temperature) {
-            return new LogprobHead(weights.logitMatrix(), temperature, normed.indexSelect(0, batch.rows()), batch.targets(),
-                    options.logitBytes());
+            Tensor hidden = normed.indexSelect(0, batch.rows());
+            return kernels == null
+                    ? new TensorLogprobHead(weights.logitMatrix(), temperature, hidden, batch.targets(), options.logitBytes())
+                    : new KernelLogprobHead(kernels, weights.logitMatrix(), temperature, hidden, batch.targets(), options);
         }
 
         double forwardBackward(TokenLoss loss, double temperature, GradientShard gradients, Tensor embeddingGradients) {
@@ -291,8 +297,8 @@ final class ManualModel implements TrainingModel {
                 Tensor byNormed = Tensor.zeros(device, byRows.dtype(), last.normed().shape());
                 byNormed.indexAddInPlace(0, batch.rows(), byRows);
                 Tensor result = operations.normBackward(byNormed, last.sum(), last.statistics(),
-                        w.find(ParameterRole.FINAL_NORM_WEIGHT), null, part(w, group, ParameterRole.FINAL_NORM_WEIGHT),
-                        part(w, group, ParameterRole.FINAL_NORM_BIAS));
+                        w.find(ParameterRole.FINAL_NORM_WEIGHT), w.find(ParameterRole.FINAL_NORM_BIAS), null,
+                        part(w, group, ParameterRole.FINAL_NORM_WEIGHT), part(w, group, ParameterRole.FINAL_NORM_BIAS)).gradient();
                 gradients.complete(w, group);
                 return scope.escape(result);
             }
@@ -303,23 +309,23 @@ final class ManualModel implements TrainingModel {
             WeightGroup w = weights.layer(layer);
             Tensor group = gradients.open(w);
             Tensor bias = widenBias(w);
-            Tensor activated = operations.activate(kept.widened, bias);
-            product(w, group, ParameterRole.DOWN_WEIGHT, ParameterRole.DOWN_BIAS, byOutput, activated);
-            Tensor byWidened = operations.activateBackward(kept.widened, bias, byOutput.matmul(w.weight(ParameterRole.DOWN_WEIGHT)));
-            product(w, group, widen(), widenBiasRole(), byWidened,
-                    normAgain(w, kept.middle, kept.middleStatistics, ParameterRole.MLP_NORM_WEIGHT, ParameterRole.MLP_NORM_BIAS));
-            Tensor byMiddle = normBackward(w, group, byWidened.matmul(w.weight(widen())), kept.middle, kept.middleStatistics, byOutput,
+            Backward activation =
+                    operations.activateBackward(kept.widened, bias, byOutput.matmul(w.weight(ParameterRole.DOWN_WEIGHT)));
+            product(w, group, ParameterRole.DOWN_WEIGHT, ParameterRole.DOWN_BIAS, byOutput, activation.again());
+            Tensor byWidened = activation.gradient();
+            Backward second = normBackward(w, group, byWidened.matmul(w.weight(widen())), kept.middle, kept.middleStatistics, byOutput,
                     ParameterRole.MLP_NORM_WEIGHT, ParameterRole.MLP_NORM_BIAS);
+            product(w, group, widen(), widenBiasRole(), byWidened, second.again());
+            Tensor byMiddle = second.gradient();
             product(w, group, ParameterRole.O_WEIGHT, ParameterRole.O_BIAS, byMiddle, kept.attended.result());
             Heads byHeads = operations.attendBackward(byMiddle.matmul(w.weight(ParameterRole.O_WEIGHT)), kept.heads, kept.attended);
             Tensor byQkv = operations.headsBackward(byHeads, kept.qkv, w.find(ParameterRole.Q_BIAS), w.find(ParameterRole.Q_NORM),
                     w.find(ParameterRole.K_NORM), part(w, group, ParameterRole.Q_NORM), part(w, group, ParameterRole.K_NORM));
-            product(w, group, ParameterRole.Q_WEIGHT, ParameterRole.Q_BIAS, byQkv,
-                    normAgain(w, kept.input, kept.inputStatistics, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS));
-            Tensor byInput = normBackward(w, group, byQkv.matmul(w.weight(ParameterRole.Q_WEIGHT)), kept.input, kept.inputStatistics,
+            Backward first = normBackward(w, group, byQkv.matmul(w.weight(ParameterRole.Q_WEIGHT)), kept.input, kept.inputStatistics,
                     byMiddle, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
+            product(w, group, ParameterRole.Q_WEIGHT, ParameterRole.Q_BIAS, byQkv, first.again());
             gradients.complete(w, group);
-            return byInput;
+            return first.gradient();
         }
 
         /** The gradients of a product's weight and bias, from that of its result [T, n] and its input [T, k]. */
@@ -330,13 +336,9 @@ final class ManualModel implements TrainingModel {
             }
         }
 
-        private Tensor normAgain(WeightGroup w, Tensor sum, Tensor statistics, ParameterRole weight, ParameterRole bias) {
-            return operations.normAgain(sum, statistics, w.find(weight), w.find(bias));
-        }
-
-        private Tensor normBackward(WeightGroup w, Tensor group, Tensor byNormed, Tensor sum, Tensor statistics, Tensor byOthers,
+        private Backward normBackward(WeightGroup w, Tensor group, Tensor byNormed, Tensor sum, Tensor statistics, Tensor byOthers,
                 ParameterRole weight, ParameterRole bias) {
-            return operations.normBackward(byNormed, sum, statistics, w.find(weight), byOthers, part(w, group, weight),
+            return operations.normBackward(byNormed, sum, statistics, w.find(weight), w.find(bias), byOthers, part(w, group, weight),
                     part(w, group, bias));
         }
 
@@ -354,5 +356,9 @@ final class ManualModel implements TrainingModel {
     public void releaseBuckets() {}
 
     @Override
-    public void close() {}
+    public void close() {
+        if (kernels != null) {
+            kernels.close();
+        }
+    }
 }

@@ -15,7 +15,7 @@ public record MemoryNeeds(long optimizer, long gradients, long activations) {
     /** {@return the needs of a rank} */
     public static MemoryNeeds of(WeightLayout layout, DType dtype, Device device, TrainerOptions options) {
         long slice = layout.length() / layout.shards() * Float.BYTES;
-        long buckets = ManualModel.obstacle(layout.config(), device) == null
+        long buckets = ManualModel.obstacle(layout.config(), dtype, device) == null
                 ? ManualModel.bucketBytes(layout)
                 : LayerwiseModel.bucketBytes(layout, dtype);
         int tokens = options.microBatchTokens();

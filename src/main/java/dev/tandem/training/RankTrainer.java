@@ -35,7 +35,7 @@ public final class RankTrainer implements AutoCloseable {
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        model = ManualModel.obstacle(arena.layout().config(), memory.device()) == null && !Boolean.getBoolean("x.autograd")
+        model = ManualModel.obstacle(arena.layout().config(), arena.dtype(), memory.device()) == null
                 ? new ManualModel(arena, decoder, memory, options)
                 : new LayerwiseModel(arena, decoder, memory, options);
         gradients = new GradientShard(arena.layout(), collectives, memory);

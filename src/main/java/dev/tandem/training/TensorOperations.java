@@ -39,11 +39,10 @@ final class TensorOperations implements LayerOperations {
         Tensor sum = addend == null ? x : x.add(addend);
         Tensor centred = centred(sum.to(DType.FLOAT32));
         Tensor statistics = centred.square().sum(-1).mul(1.0 / sum.size(-1)).add(config.normEps()).sqrt().unsqueeze(-1);
-        return new Normed(sum, normAgain(sum, statistics, weight, bias), statistics);
+        return new Normed(sum, normAgain(sum, weight, bias), statistics);
     }
 
-    @Override
-    public Tensor normAgain(Tensor sum, Tensor statistics, @Nullable Tensor weight, @Nullable Tensor bias) {
+    private Tensor normAgain(Tensor sum, @Nullable Tensor weight, @Nullable Tensor bias) {
         return config.norm() == Norm.LAYER
                 ? sum.layerNorm(weight, bias, config.normEps())
                 : sum.rmsNorm(Objects.requireNonNull(weight), config.normEps());
@@ -54,8 +53,8 @@ final class TensorOperations implements LayerOperations {
     }
 
     @Override
-    public Tensor normBackward(Tensor byNormed, Tensor sum, Tensor statistics, @Nullable Tensor weight, @Nullable Tensor byOthers,
-            @Nullable Tensor weightGradient, @Nullable Tensor biasGradient) {
+    public Backward normBackward(Tensor byNormed, Tensor sum, Tensor statistics, @Nullable Tensor weight, @Nullable Tensor bias,
+            @Nullable Tensor byOthers, @Nullable Tensor weightGradient, @Nullable Tensor biasGradient) {
         Tensor gradient = byNormed.to(DType.FLOAT32);
         Tensor unit = centred(sum.to(DType.FLOAT32)).div(statistics);
         if (weightGradient != null) {
@@ -69,7 +68,7 @@ final class TensorOperations implements LayerOperations {
             bySum = centred(bySum);
         }
         Tensor result = bySum.to(sum.dtype());
-        return byOthers == null ? result : result.addInPlace(byOthers);
+        return new Backward(byOthers == null ? result : result.addInPlace(byOthers), normAgain(sum, weight, bias));
     }
 
     /** The gradient of x, given that of unit = x / root(mean(x²)). */
@@ -191,15 +190,16 @@ final class TensorOperations implements LayerOperations {
     }
 
     @Override
-    public Tensor activateBackward(Tensor widened, @Nullable Tensor bias, Tensor byActivated) {
+    public Backward activateBackward(Tensor widened, @Nullable Tensor bias, Tensor byActivated) {
         Tensor x = bias == null ? widened : widened.add(bias);
         if (!config.gatedMlp()) {
-            return activationBackward(byActivated, x);
+            return new Backward(activationBackward(byActivated, x), activation(x));
         }
         Tensor result = Tensor.empty(x.device(), x.dtype(), x.shape());
         gate(result).copyInPlace(activationBackward(byActivated.mul(up(x)), gate(x)));
-        up(result).copyInPlace(activation(gate(x)).mulInPlace(byActivated));
-        return result;
+        Tensor activated = activation(gate(x));
+        up(result).copyInPlace(activated.mul(byActivated));
+        return new Backward(result, activated.mulInPlace(up(x)));
     }
 
     private Tensor gate(Tensor x) {

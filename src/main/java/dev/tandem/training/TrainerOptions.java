@@ -84,4 +84,9 @@ public record TrainerOptions(LearningRate lr, double beta1, double beta2, double
     boolean decays(boolean matrix) {
         return weightDecay > 0 && (matrix || decayAll);
     }
+
+    /** {@return the most bytes of probabilities that a GPU's log-prob head keeps from its forward to its backward pass} */
+    long probabilityBytes() {
+        return 4 * logitBytes;
+    }
 }
