@@ -1,0 +1,138 @@
+package dev.tandem.training;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.device.DeviceMemory;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.model.Decoder;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.model.ParameterRole;
+import dev.tandem.model.WeightArena;
+import dev.tandem.model.WeightGroup;
+import dev.tandem.model.WeightLayout;
+import dev.tandem.parallel.Collectives;
+import dev.tandem.testing.Gpu;
+import dev.tandem.testing.TinyModels;
+import java.util.ArrayList;
+import java.util.List;
+import java.util.Random;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.CsvSource;
+
+/**
+ * Log-probs and gradients of training on a GPU, in kernels and by automatic differentiation, both in bfloat16, against the CPU in float32 with the same
+ * weights: the kernels may not be farther from it.
+ */
+@Gpu
+class CudaTrainingTest {
+    private static final Device CUDA = Device.cuda(0);
+
+    private static ModelConfig config(String family) {
+        return TinyModels.of(switch (family) {
+            case "llama" -> """
+                    {"model_type":"llama","hidden_size":576,"num_hidden_layers":3,"num_attention_heads":9,"num_key_value_heads":3,
+                     "intermediate_size":1536,"vocab_size":5003,"max_position_embeddings":2048,"rope_theta":10000.0}""";
+            case "qwen2" -> """
+                    {"model_type":"qwen2","hidden_size":896,"num_hidden_layers":2,"num_attention_heads":14,"num_key_value_heads":2,
+                     "intermediate_size":1024,"vocab_size":32000,"max_position_embeddings":2048,"rope_theta":1000000.0}""";
+            case "qwen3" -> """
+                    {"model_type":"qwen3","hidden_size":1024,"num_hidden_layers":2,"num_attention_heads":16,"num_key_value_heads":8,
+                     "head_dim":128,"intermediate_size":1536,"vocab_size":8192,"max_position_embeddings":2048,
+                     "rope_theta":1000000.0,"tie_word_embeddings":true}""";
+            case "opt" -> """
+                    {"model_type":"opt","hidden_size":768,"num_hidden_layers":2,"num_attention_heads":8,"ffn_dim":1024,
+                     "vocab_size":5003,"max_position_embeddings":2048,"word_embed_proj_dim":768,"do_layer_norm_before":true}""";
+            default -> throw new IllegalArgumentException(family);
+        });
+    }
+
+    private static Tensor loss(TokenValues t) {
+        return t.logprob().sum().mul(-0.01).add(t.entropy().mul(t.logprob()).sum().mul(0.001));
+    }
+
+    /** What a model of one kind gives. */
+    private record Result(double loss, Tensor logprob, List<Tensor> gradients) {}
+
+    @FunctionalInterface
+    private interface Maker {
+        TrainingModel make(WeightArena arena, Decoder decoder, DeviceMemory memory);
+    }
+
+    private static Result run(WeightArena arena, List<TrainingSequence> sequences, Maker maker) {
+        Device device = arena.groups().getFirst().flat().device();
+        ModelConfig config = arena.layout().config();
+        try (Decoder decoder = new Decoder(config, device, arena.dtype()); Scope scope = Scope.open()) {
+            DeviceMemory memory = new DeviceMemory(device);
+            try (TrainingModel model = maker.make(arena, decoder, memory);
+                    GradientShard gradients = new GradientShard(arena.layout(), Collectives.alone(), memory)) {
+                PackedBatch batch = PackedBatch.of(sequences, device);
+                gradients.clear();
+                double loss = 0;
+                for (int i = 0; i < 2; i++) {
+                    loss += model.forwardBackward(batch, CudaTrainingTest::loss, 0.8, gradients);
+                }
+                List<Tensor> all = new ArrayList<>();
+                for (WeightGroup group : arena.groups()) {
+                    for (ParameterRole role : ParameterRole.values()) {
+                        if (group.find(role) != null) {
+                            all.add(scope.escape(group.part(gradients.slice(group), role).on(Device.cpu()).copy()));
+                        }
+                    }
+                }
+                Tensor logprob = model.forward(batch, arena, 0.8).logprob().on(Device.cpu()).copy();
+                return new Result(loss, scope.escape(logprob), all);
+            }
+        }
+    }
+
+    /** The norm of the difference relative to the norm, the largest over parameters. */
+    private static double farthest(Result found, Result exact) {
+        double worst = 0;
+        for (int i = 0; i < exact.gradients.size(); i++) {
+            double norm = Math.sqrt(exact.gradients.get(i).square().sum().item());
+            double difference = Math.sqrt(found.gradients.get(i).sub(exact.gradients.get(i)).square().sum().item());
+            worst = Math.max(worst, difference / (norm + 1e-6));
+        }
+        return worst;
+    }
+
+    @ParameterizedTest
+    @CsvSource({"llama, 0", "llama, 1000000000", "qwen2, 1000000000", "qwen3, 30000000", "qwen3, 1000000000", "opt, 1000000000"})
+    void kernelsAreAsCloseAsAutomaticDifferentiation(String family, long budget) {
+        ModelConfig config = config(family);
+        Random random = new Random(3);
+        List<TrainingSequence> batch = new ArrayList<>();
+        for (int length : new int[] {2, 65, 300, 130}) {
+            batch.add(TrainingSequence.of(random.ints(length, 0, config.vocabSize()).toArray(), 1, 1));
+        }
+        // Chunks of logits of 100 rows.
+        TrainerOptions options = TrainerOptions.defaults().memory(budget, 400L * config.vocabSize());
+        Cuda.use(CUDA);
+        WeightLayout layout = new WeightLayout(config, 1);
+        try (Scope scope = Scope.open();
+                WeightArena rounded = new WeightArena(layout, Device.cpu(), DType.BFLOAT16);
+                WeightArena single = new WeightArena(layout, Device.cpu(), DType.FLOAT32);
+                WeightArena onDevice = new WeightArena(layout, CUDA, DType.BFLOAT16)) {
+            rounded.initialize(5, 0.05);
+            single.copyFrom(rounded);
+            onDevice.copyFrom(rounded);
+            Result exact = run(single, batch, (a, d, m) -> new ManualModel(a, d, m, options));
+            Result recorded = run(onDevice, batch, (a, d, m) -> new LayerwiseModel(a, d, m, options));
+            Result kernels = run(onDevice, batch, (a, d, m) -> new ManualModel(a, d, m, options));
+            double byKernels = farthest(kernels, exact);
+            double byRecording = farthest(recorded, exact);
+            double logprobs = kernels.logprob.sub(exact.logprob).abs().max().item();
+            double logprobsRecorded = recorded.logprob.sub(exact.logprob).abs().max().item();
+            System.out.printf("%s, budget %d: gradients within %.4f (recorded %.4f), log-probs within %.4f (recorded %.4f), loss %.5f and %.5f%n",
+                    family, budget, byKernels, byRecording, logprobs, logprobsRecorded, kernels.loss, exact.loss);
+            assertTrue(byKernels < 1.25 * byRecording + 0.005, "gradients: " + byKernels + ", recorded " + byRecording);
+            assertTrue(logprobs < 1.25 * logprobsRecorded + 0.01, "log-probs: " + logprobs + ", recorded " + logprobsRecorded);
+            assertEquals(exact.loss, kernels.loss, 0.01 * Math.abs(exact.loss));
+        }
+    }
+}
