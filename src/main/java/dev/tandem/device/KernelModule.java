@@ -131,7 +131,7 @@ public final class KernelModule implements AutoCloseable {
         /**
          * Launches the kernel.
          *
-         * @param arguments Long for pointers and 64-bit integers, Integer, Float, TensorMap; in the order and of the types of the source
+         * @param arguments Long for pointers and 64-bit integers, Integer, Float, Double, TensorMap; in the order and of the types of the source
          */
         public void launch(Device device, Grid grid, Object... arguments) {
             if (grid.x == 0 || grid.y == 0) {
@@ -150,6 +150,7 @@ public final class KernelModule implements AutoCloseable {
                         case Long x -> values.set(ValueLayout.JAVA_LONG, at, x);
                         case Integer x -> values.set(ValueLayout.JAVA_INT, at, x);
                         case Float x -> values.set(ValueLayout.JAVA_FLOAT, at, x);
+                        case Double x -> values.set(ValueLayout.JAVA_DOUBLE, at, x);
                         default -> throw new IllegalArgumentException(name + ": argument " + i + " is a " + arguments[i].getClass());
                     }
                     addresses.setAtIndex(ValueLayout.JAVA_LONG, i, values.address() + at);

@@ -56,6 +56,11 @@ final class GradientShard implements AutoCloseable {
         return flat().narrow(0, group.offset() / collectives.size(), group.length() / collectives.size());
     }
 
+    /** {@return all that this rank accumulates, FLOAT32 [slice]} */
+    Tensor all() {
+        return flat();
+    }
+
     /** {@return the sum of squares of all gradients on all ranks, NaN or infinite if one of them is} */
     double sumOfSquares() {
         try (Scope scope = Scope.open()) {

@@ -72,28 +72,28 @@ final class LayerwiseModel implements TrainingModel {
     }
 
     @Override
-    public double forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients) {
+    public void forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients, Tensor total) {
         allocateBuckets();
         Tensor embeddingGradients = zeroed(embeddingBucket);
         try (Scope scope = Scope.open()) {
-            double value = batch == null
-                    ? withoutTokens(gradients)
-                    : withTokens(batch, loss, temperature, gradients, embeddingGradients);
+            if (batch == null) {
+                withoutTokens(gradients);
+            } else {
+                withTokens(batch, loss, temperature, gradients, embeddingGradients, total);
+            }
             gradients.add(arena.embedding(), embeddingGradients);
-            return value;
         }
     }
 
-    private double withoutTokens(GradientShard gradients) {
+    private void withoutTokens(GradientShard gradients) {
         gradients.add(arena.head(), zeroed(headBucket));
         for (int layer = arena.layout().config().layers() - 1; layer >= 0; layer--) {
             gradients.add(arena.layer(layer), zeroed(layerBucket).narrow(0, 0, arena.layer(layer).length()));
         }
-        return 0;
     }
 
-    private double withTokens(PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients,
-            Tensor embeddingGradients) {
+    private void withTokens(PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients,
+            Tensor embeddingGradients, Tensor total) {
         Tape tape;
         try (Gradients off = Gradients.disabled()) {
             tape = new Tape(batch);
@@ -102,14 +102,13 @@ final class LayerwiseModel implements TrainingModel {
         long activations = tape.bytes();
         memory.add(Use.ACTIVATIONS, activations);
         try {
-            double value = tape.head(loss, temperature, gradients, embeddingGradients);
+            tape.head(loss, temperature, gradients, embeddingGradients, total);
             for (int layer = arena.layout().config().layers() - 1; layer >= 0; layer--) {
                 tape.backward(layer, gradients);
             }
             try (Gradients off = Gradients.disabled()) {
                 tape.embedding(embeddingGradients);
             }
-            return value;
         } finally {
             memory.add(Use.ACTIVATIONS, -activations);
         }
@@ -167,7 +166,7 @@ final class LayerwiseModel implements TrainingModel {
         }
 
         /** From the last layer's output to the loss and back. */
-        double head(TokenLoss loss, double temperature, GradientShard gradients, Tensor embeddingGradients) {
+        void head(TokenLoss loss, double temperature, GradientShard gradients, Tensor embeddingGradients, Tensor total) {
             try (Scope scope = Scope.open()) {
                 Tensor x = inputs.getLast().detach().requireGradient();
                 WeightGroup weights = arena.head().differentiable();
@@ -183,6 +182,7 @@ final class LayerwiseModel implements TrainingModel {
                 }
                 LossGradient by = LossGradient.of(loss, batch, logprob, entropy);
                 try (Gradients off = Gradients.disabled()) {
+                    total.addInPlace(by.value().to(DType.FLOAT64));
                     boolean tied = arena.layout().config().tiedEmbeddings();
                     Tensor byMatrix = tied
                             ? arena.embedding().part(embeddingGradients, ParameterRole.EMBED_TOKENS)
@@ -193,7 +193,6 @@ final class LayerwiseModel implements TrainingModel {
                 gradient = scope.escape(present(x.gradient()));
                 gradients.add(arena.head(), bucket);
                 inputs.removeLast().close();
-                return by.value();
             }
         }
 

@@ -8,11 +8,11 @@ import org.jspecify.annotations.Nullable;
 /**
  * A loss and its gradients by what it was computed from. For the innermost scope.
  *
- * @param value the loss
+ * @param value the loss, one number
  * @param byLogprob FLOAT32 [N]
  * @param byEntropy FLOAT32 [N], or null when the loss does not depend on entropies
  */
-record LossGradient(double value, Tensor byLogprob, @Nullable Tensor byEntropy) {
+record LossGradient(Tensor value, Tensor byLogprob, @Nullable Tensor byEntropy) {
     /**
      * Differentiates a loss; gradients must be enabled.
      *
@@ -26,12 +26,11 @@ record LossGradient(double value, Tensor byLogprob, @Nullable Tensor byEntropy) 
             throw new IllegalArgumentException("a loss must be one number that depends on the tokens' log-probs or entropies, "
                     + (total.elements() != 1 ? "found shape " + Arrays.toString(total.shape()) : "found a constant"));
         }
-        double value = total.item();
         total.backward();
         try (Gradients off = Gradients.disabled()) {
             Tensor byLogprob = logprob.gradient();
             Tensor byEntropy = entropy.gradient();
-            return new LossGradient(value, byLogprob == null ? logprob.detach().mul(0) : byLogprob.contiguous(),
+            return new LossGradient(total.detach(), byLogprob == null ? logprob.detach().mul(0) : byLogprob.contiguous(),
                     byEntropy == null ? null : byEntropy.contiguous());
         }
     }

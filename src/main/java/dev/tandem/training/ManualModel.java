@@ -124,17 +124,15 @@ final class ManualModel implements TrainingModel {
     }
 
     @Override
-    public double forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients) {
+    public void forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients, Tensor total) {
         try (Scope scope = Scope.open(); Gradients off = Gradients.disabled()) {
             Tensor embeddingGradients = gradients.open(arena.embedding());
-            double value = 0;
             if (batch == null) {
                 withoutTokens(gradients);
             } else {
-                value = new Pass(batch, arena).forwardBackward(loss, temperature, gradients, embeddingGradients);
+                new Pass(batch, arena).forwardBackward(loss, temperature, gradients, embeddingGradients, total);
             }
             gradients.complete(arena.embedding(), embeddingGradients);
-            return value;
         }
     }
 
@@ -220,7 +218,7 @@ final class ManualModel implements TrainingModel {
                     : new KernelLogprobHead(kernels, weights.logitMatrix(), temperature, hidden, batch.targets(), options);
         }
 
-        double forwardBackward(TokenLoss loss, double temperature, GradientShard gradients, Tensor embeddingGradients) {
+        void forwardBackward(TokenLoss loss, double temperature, GradientShard gradients, Tensor embeddingGradients, Tensor total) {
             long tokens = batch.tokens().size(0);
             int recorded = activationMemory.recordedLayers(tokens);
             long activations = activationMemory.bytes(tokens, recorded);
@@ -251,8 +249,7 @@ final class ManualModel implements TrainingModel {
                         x = new Stream(next.sum, inner.escape(Objects.requireNonNull(next.addend)));
                     }
                 }
-                double[] value = new double[1];
-                Tensor gradient = headBackward(x, loss, temperature, gradients, embeddingGradients, value);
+                Tensor gradient = headBackward(x, loss, temperature, gradients, embeddingGradients, total);
                 for (int layer = config.layers() - 1; layer >= 0; layer--) {
                     try (Scope inner = Scope.open()) {
                         Tensor before = gradient;
@@ -269,7 +266,6 @@ final class ManualModel implements TrainingModel {
                     }
                 }
                 embeddingBackward(gradient, embeddingGradients);
-                return value[0];
             } finally {
                 memory.add(Use.ACTIVATIONS, -activations);
             }
@@ -277,7 +273,7 @@ final class ManualModel implements TrainingModel {
 
         /** From the last sum to the loss and back. */
         private Tensor headBackward(Stream x, TokenLoss loss, double temperature, GradientShard gradients, Tensor embeddingGradients,
-                double[] value) {
+                Tensor total) {
             WeightGroup w = weights.head();
             try (Scope scope = Scope.open()) {
                 Normed last = finish(x);
@@ -288,7 +284,7 @@ final class ManualModel implements TrainingModel {
                 try (Gradients on = Gradients.enabled()) {
                     by = LossGradient.of(loss, batch, logprob, entropy);
                 }
-                value[0] = by.value();
+                total.addInPlace(by.value().to(DType.FLOAT64));
                 Tensor group = gradients.open(w);
                 Tensor byMatrix = config.tiedEmbeddings()
                         ? weights.embedding().part(embeddingGradients, ParameterRole.EMBED_TOKENS)

@@ -72,24 +72,17 @@ public final class RankTrainer implements AutoCloseable {
      * @return loss summed over the ranks, and the norm before clipping
      */
     Outcome step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
-        try {
+        try (Scope step = Scope.open()) {
             gradients.clear();
-            double total = 0;
+            Tensor total = Tensor.zeros(memory.device(), DType.FLOAT64, 1);
             for (int i = 0; i < rounds; i++) {
                 try (Scope scope = Scope.open()) {
                     PackedBatch batch =
                             i < microBatches.size() ? PackedBatch.of(microBatches.get(i), memory.device()) : null;
-                    total += model.forwardBackward(batch, loss, temperature, gradients);
+                    model.forwardBackward(batch, loss, temperature, gradients, total);
                 }
             }
-            double norm = Math.sqrt(gradients.sumOfSquares());
-            double sum = sum(total);
-            boolean finite = Double.isFinite(norm) && Double.isFinite(sum);
-            if (finite) {
-                double scale = norm > options.clip() ? options.clip() / (norm + 1e-6) : 1;
-                optimizer().step(gradients, lr, scale);
-            }
-            return new Outcome(sum, norm, finite);
+            return optimizer().step(gradients, total, lr);
         } catch (RuntimeException e) {
             throw memory.explained("training", e);
         } finally {
@@ -99,14 +92,6 @@ public final class RankTrainer implements AutoCloseable {
 
     /** What all ranks agree on after a step. */
     record Outcome(double loss, double norm, boolean applied) {}
-
-    private double sum(double value) {
-        try (Scope scope = Scope.open()) {
-            Tensor t = Tensor.of(memory.device(), value);
-            collectives.allReduce(t);
-            return t.item();
-        }
-    }
 
     private ShardedAdamW optimizer() {
         ShardedAdamW current = optimizer;

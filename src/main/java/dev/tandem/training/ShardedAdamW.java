@@ -37,6 +37,7 @@ final class ShardedAdamW implements AutoCloseable {
     private final DeviceMemory memory;
     private final TrainerOptions options;
     private final boolean hasMaster;
+    private final @Nullable OptimizerKernels kernels;
     private final long length;
     private final long bytes;
     /** FLOAT32 [2 or 3, slice]: first moments, second moments, masters; null while parked. */
@@ -52,6 +53,9 @@ final class ShardedAdamW implements AutoCloseable {
         this.options = options;
         hasMaster = arena.dtype() != DType.FLOAT32;
         length = arena.layout().length() / collectives.size();
+        kernels = memory.device().isCpu() || TrainingKernels.obstacle(arena.layout().config(), arena.dtype()) != null
+                ? null
+                : new OptimizerKernels(memory.device(), arena.dtype());
         bytes = length * Float.BYTES * parts();
         allocate().fillInPlace(0);
         refreshMaster();
@@ -110,12 +114,53 @@ final class ShardedAdamW implements AutoCloseable {
     }
 
     /**
-     * Updates the weights.
+     * Clips the gradients and updates the weights, unless loss or gradients are not finite.
      *
-     * @param gradients accumulated over the step; scaled in place
-     * @param scale factor of the gradients, for clipping
+     * @param gradients accumulated over the step; may be scaled in place
+     * @param loss FLOAT64 [1], this rank's
      */
-    void step(GradientShard gradients, double lr, double scale) {
+    RankTrainer.Outcome step(GradientShard gradients, Tensor loss, double lr) {
+        try (Scope scope = Scope.open()) {
+            collectives.allReduce(loss);
+            if (kernels != null) {
+                return onDevice(kernels, gradients, loss, lr);
+            }
+            double norm = Math.sqrt(gradients.sumOfSquares());
+            double sum = loss.item();
+            boolean finite = Double.isFinite(norm) && Double.isFinite(sum);
+            if (finite) {
+                update(gradients, lr, norm > options.clip() ? options.clip() / (norm + 1e-6) : 1);
+            }
+            return new RankTrainer.Outcome(sum, norm, finite);
+        }
+    }
+
+    private RankTrainer.Outcome onDevice(OptimizerKernels on, GradientShard gradients, Tensor loss, double lr) {
+        Tensor moments = present();
+        long first = moments.address();
+        long second = first + length * Float.BYTES;
+        long master = hasMaster ? second + length * Float.BYTES : 0;
+        on.begin(gradients.all(), options.clip(), loss.to(DType.FLOAT32), collectives);
+        for (WeightGroup group : arena.groups()) {
+            long slice = group.length() / collectives.size();
+            long start = slice * collectives.rank();
+            long offset = group.offset() / collectives.size();
+            long weights = group.flat().address() + start * arena.dtype().bytes();
+            long gradient = gradients.all().address() + offset * Float.BYTES;
+            group.runs(start, start + slice, (from, to, decays) -> {
+                long at = offset + from - start;
+                on.update(gradient + (from - start) * Float.BYTES, first + at * Float.BYTES, second + at * Float.BYTES,
+                        master == 0 ? 0 : master + at * Float.BYTES, weights + (from - start) * arena.dtype().bytes(), to - from, lr,
+                        options, options.decays(decays) ? options.weightDecay() : 0);
+            });
+            collectives.allGather(group.flat());
+        }
+        RankTrainer.Outcome outcome = on.outcome(loss.item());
+        steps += outcome.applied() ? 1 : 0;
+        return outcome;
+    }
+
+    private void update(GradientShard gradients, double lr, double scale) {
         long chunkSize = Math.min(length, memory.device().isCpu() ? CHUNK : CUDA_CHUNK);
         double correction1 = 1 - Math.pow(options.beta1(), steps + 1);
         double correction2 = Math.sqrt(1 - Math.pow(options.beta2(), steps + 1));
@@ -189,6 +234,9 @@ final class ShardedAdamW implements AutoCloseable {
         }
         if (parkingPlace != null) {
             parkingPlace.close();
+        }
+        if (kernels != null) {
+            kernels.close();
         }
     }
 }

@@ -1,5 +1,6 @@
 package dev.tandem.training;
 
+import dev.tandem.device.Tensor;
 import dev.tandem.model.WeightArena;
 import org.jspecify.annotations.Nullable;
 
@@ -12,9 +13,9 @@ interface TrainingModel extends AutoCloseable {
      * Runs a micro-batch forward and backward and hands each group's gradients on.
      *
      * @param batch what to train on, or null when this rank has none left and only takes part in the reductions
-     * @return the micro-batch's part of the loss
+     * @param total FLOAT64 [1], to which the micro-batch's part of the loss is added
      */
-    double forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients);
+    void forwardBackward(@Nullable PackedBatch batch, TokenLoss loss, double temperature, GradientShard gradients, Tensor total);
 
     /** Gives back what only backward passes need, until the next one. */
     void releaseBuckets();

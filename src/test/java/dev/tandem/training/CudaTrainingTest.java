@@ -72,9 +72,9 @@ class CudaTrainingTest {
                     GradientShard gradients = new GradientShard(arena.layout(), Collectives.alone(), memory)) {
                 PackedBatch batch = PackedBatch.of(sequences, device);
                 gradients.clear();
-                double loss = 0;
+                Tensor loss = Tensor.zeros(device, DType.FLOAT64, 1);
                 for (int i = 0; i < 2; i++) {
-                    loss += model.forwardBackward(batch, CudaTrainingTest::loss, 0.8, gradients);
+                    model.forwardBackward(batch, CudaTrainingTest::loss, 0.8, gradients, loss);
                 }
                 List<Tensor> all = new ArrayList<>();
                 for (WeightGroup group : arena.groups()) {
@@ -85,7 +85,7 @@ class CudaTrainingTest {
                     }
                 }
                 Tensor logprob = model.forward(batch, arena, 0.8).logprob().on(Device.cpu()).copy();
-                return new Result(loss, scope.escape(logprob), all);
+                return new Result(loss.item(), scope.escape(logprob), all);
             }
         }
     }

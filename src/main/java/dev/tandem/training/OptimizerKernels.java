@@ -1,0 +1,87 @@
+package dev.tandem.training;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.device.KernelModule;
+import dev.tandem.device.KernelModule.Grid;
+import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.KernelModule.Source;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.parallel.Collectives;
+import java.lang.foreign.MemorySegment;
+import java.lang.foreign.ValueLayout;
+import java.util.Map;
+
+/**
+ * The optimizer step on a GPU ({@code optimizer.cu}): norm, clipping, the check that all is finite, and AdamW, without asking the host.
+ * The owner closes it.
+ */
+final class OptimizerKernels implements AutoCloseable {
+    private static final int THREADS = 256;
+    private static final int ELEMENTS = 2048;
+    private static final int PARTS_PER_MULTIPROCESSOR = 5;
+    private static final long STATE_BYTES = 32;
+    private static final int NORM = 0;
+    private static final int APPLIED = 8;
+
+    private final Device device;
+    private final KernelModule module;
+    private final Kernel squares;
+    private final Kernel normAndScale;
+    private final Kernel adamw;
+    private final int residentBlocks;
+    private final Tensor partial;
+    /** The kernel's StepState. */
+    private final Tensor state;
+
+    OptimizerKernels(Device device, DType weights) {
+        this.device = device;
+        module = KernelModule.load(device, new Source("optimizer.cu", Map.of("WEIGHTS_FLOAT", weights == DType.FLOAT32 ? "1" : "0")));
+        squares = module.kernel("squares");
+        normAndScale = module.kernel("normAndScale");
+        adamw = module.kernel("adamw");
+        int multiprocessors = Cuda.multiprocessors(device);
+        residentBlocks = multiprocessors * adamw.residentBlocks(THREADS, 0);
+        try (Scope scope = Scope.open()) {
+            partial = Tensor.zeros(device, DType.FLOAT64, (long) multiprocessors * PARTS_PER_MULTIPROCESSOR).keep();
+            state = Tensor.zeros(device, DType.INT32, STATE_BYTES / 4).keep();
+        }
+    }
+
+    /**
+     * Begins a step: computes the norm of all ranks' gradients and decides on the device whether and how they are applied.
+     *
+     * @param loss FLOAT32 [1], of all ranks
+     */
+    void begin(Tensor gradients, double clip, Tensor loss, Collectives collectives) {
+        int parts = Math.toIntExact(partial.elements());
+        squares.launch(device, Grid.of(parts, THREADS), gradients.address(), gradients.elements(), partial.address(), parts);
+        collectives.allReduce(partial);
+        normAndScale.launch(device, Grid.of(1, THREADS), partial.address(), parts, clip, loss.address(), state.address());
+    }
+
+    /** Updates a run of weights; {@code master} is 0 where the weights are FLOAT32. */
+    void update(long gradient, long first, long second, long master, long weights, long count, double lr, TrainerOptions options,
+            double decay) {
+        int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, residentBlocks);
+        adamw.launch(device, Grid.of(blocks, THREADS), gradient, first, second, master, weights, count, lr, options.beta1(),
+                options.beta2(), options.epsilon(), decay, 0, 0L, 0L, state.address());
+    }
+
+    /** {@return what the step that was begun last has come to; waits for it} */
+    RankTrainer.Outcome outcome(double loss) {
+        try (Scope scope = Scope.open()) {
+            MemorySegment found = state.on(Device.cpu()).memory();
+            return new RankTrainer.Outcome(loss, found.get(ValueLayout.JAVA_FLOAT, NORM), found.get(ValueLayout.JAVA_INT, APPLIED) != 0);
+        }
+    }
+
+    @Override
+    public void close() {
+        module.close();
+        partial.close();
+        state.close();
+    }
+}
