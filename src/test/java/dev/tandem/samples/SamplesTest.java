@@ -156,8 +156,20 @@ final class SamplesTest {
         assertFalse(step.get("skipped").getAsBoolean());
     }
 
+    @Test
+    void additionPractisesAndIsExamined() throws Exception {
+        Path chart = folder.resolve("reward.svg");
+        List<String> lines = succeed("Addition", "--model", MODEL.toString(), "--steps", "2", "--prompts-per-step", "3", "--group-size", "2",
+                "--unseen", "4", "--max-tokens", "4", "--dtype", "float32", "--chart", chart.toString()).out().lines().toList();
+        assertEquals(6, lines.size(), lines.toString());
+        assertEquals("unseen sums right before: 0.0 %", lines.get(1));
+        assertTrue(lines.get(3).startsWith("step 2: reward 0.000, 4.0 tokens"), lines.toString());
+        assertTrue(Files.readString(chart).contains("<polyline"));
+    }
+
     @ParameterizedTest
     @ValueSource(strings = {
+        "Addition --model MODEL --group-size 1|--group-size 2",
         "Generate --model MODEL|--prompt",
         "Generate --model nowhere --prompt a|nowhere",
         "Generate --model MODEL --prompt-ids 99999|99999",
