@@ -36,10 +36,9 @@ public record EngineOptions(List<Device> devices, DType dtype, long memoryLimit,
         }
     }
 
-    /** Tokens of a micro-batch, and bytes of activations and of logits, that keep a GPU busy. */
+    /** Tokens of a micro-batch, and bytes of logits, that keep a GPU busy. */
     private static final int GPU_MICRO_BATCH_TOKENS = 8192;
 
-    private static final long GPU_ACTIVATIONS = 8L << 30;
     private static final long GPU_LOGITS = 1L << 30;
 
     /**
@@ -52,7 +51,7 @@ public record EngineOptions(List<Device> devices, DType dtype, long memoryLimit,
                 device.isCpu() ? GeneratorOptions.defaults() : GeneratorOptions.forGpu(),
                 device.isCpu()
                         ? TrainerOptions.defaults()
-                        : TrainerOptions.defaults().microBatchTokens(GPU_MICRO_BATCH_TOKENS).memory(GPU_ACTIVATIONS, GPU_LOGITS));
+                        : TrainerOptions.defaults().microBatchTokens(GPU_MICRO_BATCH_TOKENS).memory(TrainerOptions.ALL_THAT_FITS, GPU_LOGITS));
     }
 
     /** {@return these options on other devices} */

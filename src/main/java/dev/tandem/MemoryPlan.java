@@ -20,8 +20,10 @@ import java.util.Map;
  * @param training bytes of each use in the training phase
  * @param kvBlocks KV pages that the generation phase has room for
  * @param parked bytes of optimizer state that wait in page-locked host memory during the generation phase
+ * @param activationBudget bytes of activations that training keeps rather than computes again
  */
-public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, long parked) {
+public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, long parked,
+        long activationBudget) {
     /** A rank that is told nothing takes this share of the available memory. */
     private static final double SHARE = 0.8;
 
@@ -45,17 +47,16 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
                 ? options.memoryLimit()
                 : available == Long.MAX_VALUE ? Long.MAX_VALUE : (long) (available * SHARE / (shared ? ranks : 1));
         Device device = options.devices().getFirst();
-        MemoryNeeds needs = MemoryNeeds.of(layout, options.dtype(), device, options.training());
         long weights = layout.length() * options.dtype().bytes();
         long workspace = Generator.workspaceBytes(config, device, options.dtype(), options.generation());
+        long buffers = shared ? 0 : workspace; // a GPU's graphs keep them
+        MemoryNeeds needs = MemoryNeeds.of(layout, options.dtype(), device, options.training(), limit - weights - buffers);
         Map<Use, Long> training = new EnumMap<>(Use.class);
         training.put(Use.WEIGHTS, weights);
         training.put(Use.OPTIMIZER, needs.optimizer());
         training.put(Use.GRADIENTS, needs.gradients());
         training.put(Use.ACTIVATIONS, needs.activations());
-        if (!shared) { // a GPU's graphs keep their buffers
-            training.put(Use.WORKSPACE, workspace);
-        }
+        training.put(Use.WORKSPACE, buffers);
 
         boolean trains = total(training) <= limit;
         long blockBytes = Generator.blockBytes(config, options.dtype(), options.generation());
@@ -74,7 +75,7 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
                 : Math.min(shared ? Math.min(DEFAULT_KV_BYTES, useful) : useful, parks ? room : beside);
         int blocks = (int) Math.clamp(kv / blockBytes, 0, Integer.MAX_VALUE - 8);
         generation.put(Use.KV, Math.max(blocks, 2) * blockBytes);
-        MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks, parked);
+        MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks, parked, needs.activationBudget());
         if (blocks < 2 || total(generation) > limit) {
             throw new TandemException("generation does not fit into %.1f MiB a rank:%n%s".formatted(limit / 0x1p20, plan));
         }

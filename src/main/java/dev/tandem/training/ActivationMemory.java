@@ -24,6 +24,15 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
         return (int) Math.min(config.layers(), options.activationBudget() / (tokens * layerBytes()));
     }
 
+    /** {@return the largest activation budget with which a micro-batch of that many tokens stays within {@code room} bytes} */
+    long budgetWithin(long room, long tokens) {
+        int layers = config.layers();
+        while (layers > 0 && bytes(tokens, layers) > room) {
+            layers--;
+        }
+        return layers * tokens * layerBytes();
+    }
+
     /** {@return the most bytes at a time: inputs of all layers, what some or at least one keep, one chunk of logits} */
     long bytes(long tokens, int recordedLayers) {
         if (manual()) {

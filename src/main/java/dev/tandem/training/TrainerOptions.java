@@ -12,11 +12,14 @@ package dev.tandem.training;
  * @param clip largest global norm of the gradient; infinite for no clipping
  * @param microBatchTokens most tokens that one rank runs through the model at once
  * @param activationBudget bytes of activations that may be kept from the forward to the backward pass; what does not fit is computed
- *     again
+ *     again. {@link #ALL_THAT_FITS} leaves it to the memory plan
  * @param logitBytes most bytes of FLOAT32 logits at a time
  */
 public record TrainerOptions(LearningRate lr, double beta1, double beta2, double epsilon, double weightDecay, boolean decayAll,
         double clip, int microBatchTokens, long activationBudget, long logitBytes) {
+
+    /** An activation budget of all the memory that the plan has left. */
+    public static final long ALL_THAT_FITS = Long.MAX_VALUE;
 
     /** Checks the numbers. */
     public TrainerOptions {
