@@ -1,0 +1,93 @@
+package dev.tandem.benchmarks;
+
+import dev.tandem.EngineOptions;
+import dev.tandem.HybridEngine;
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.generation.Completion;
+import dev.tandem.generation.LogprobKind;
+import dev.tandem.generation.Prompt;
+import dev.tandem.generation.SamplingParams;
+import dev.tandem.rl.Algorithm;
+import dev.tandem.rl.PolicyUpdate;
+import dev.tandem.rl.Rollout;
+import dev.tandem.rl.StepMetrics;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.Locale;
+import java.util.Random;
+import java.util.concurrent.atomic.LongAdder;
+import jdk.jfr.consumer.RecordingStream;
+
+/**
+ * Whole GRPO steps on a GPU, random weights: 64 prompts of 64 to 480 tokens, 8 samples of each, every one with a length of its own, uniform
+ * up to 1,024 tokens, as the peers' {@code trl_grpo.py}. Seconds by part.
+ *
+ * <pre>
+ * GpuGrpo SHAPE…
+ * </pre>
+ */
+final class GpuGrpo {
+    private static final Device CUDA = Device.cuda(0);
+    private static final int PROMPTS = 64;
+    private static final int SAMPLES = 8;
+    private static final int LONGEST = 1024;
+    private static final int STEPS = 4;
+
+    private GpuGrpo() {}
+
+    public static void main(String[] args) throws InterruptedException {
+        for (String shape : args) {
+            LongAdder switching = new LongAdder();
+            try (RecordingStream events = new RecordingStream();
+                    HybridEngine engine = HybridEngine.create(Shapes.config(shape).withMaxPositions(2048), null,
+                            EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16))) {
+                events.enable("dev.tandem.PhaseChange").withThreshold(Duration.ZERO);
+                events.onEvent("dev.tandem.PhaseChange", event -> switching.add(event.getDuration().toNanos()));
+                events.startAsync();
+                Random random = new Random(0);
+                for (int i = 0; i < STEPS; i++) {
+                    step(engine, shape, i, random);
+                }
+                events.stop();
+                System.out.printf(Locale.ROOT, "%s: phase changes %.3f s a step%n%s%n", shape, switching.sum() / 1e9 / STEPS,
+                        engine.memory());
+            }
+        }
+    }
+
+    private static void step(HybridEngine engine, String shape, int number, Random random) {
+        List<Prompt> prompts = new ArrayList<>();
+        for (int p = 0; p < PROMPTS; p++) {
+            int[] tokens = random.ints(random.nextInt(64, 481), 300, 500).toArray();
+            for (int s = 0; s < SAMPLES; s++) {
+                prompts.add(new Prompt(prompts.size(), "", tokens, SamplingParams.defaults().ignoreEos(true)
+                        .logprobKind(LogprobKind.TEMPERATURE).maxTokens(random.nextInt(1, LONGEST + 1))));
+            }
+        }
+        Cuda.resetPeak(CUDA);
+        long start = System.nanoTime();
+        List<Completion> completions = engine.rollout(prompts, completion -> {});
+        long generated = System.nanoTime();
+        List<List<Completion>> groups = new ArrayList<>();
+        double[][] rewards = new double[PROMPTS][SAMPLES];
+        for (int p = 0; p < PROMPTS; p++) {
+            groups.add(completions.subList(p * SAMPLES, (p + 1) * SAMPLES));
+            Arrays.setAll(rewards[p], s -> random.nextDouble());
+        }
+        long responses = completions.stream().mapToLong(c -> c.tokens().length).sum();
+        var nothing = new StepMetrics.Phase(0, 0, 0);
+        Rollout rollout = new Rollout(groups, rewards, 1, new StepMetrics.Phase((generated - start) / 1e9, responses, 0), nothing);
+        Algorithm algorithm = Algorithm.grpo();
+        PolicyUpdate update = PolicyUpdate.apply(engine, algorithm, rollout, algorithm.advantageEstimator().advantages(rewards));
+        long end = System.nanoTime();
+        System.out.printf(Locale.ROOT, "%s step %d: %.2f s: generating %.2f s (%d tokens, %.0f a second), updating %.2f s (%d tokens, %.0f a "
+                + "second); log-prob gap %.4f, mean %.5f; tensors at most %.1f GiB%n", shape, number, (end - start) / 1e9,
+                (generated - start) / 1e9, responses, responses / ((generated - start) / 1e9), (end - generated) / 1e9,
+                update.step().tokens(), update.step().tokens() / ((end - generated) / 1e9), update.statistics().logprobGapMax(),
+                update.statistics().logprobGapMean(), Cuda.allocator(CUDA).peakAllocated() / 0x1p30);
+    }
+}
