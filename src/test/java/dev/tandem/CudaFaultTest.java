@@ -15,6 +15,7 @@ import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.generation.SamplingParams;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.testing.Gpu;
+import dev.tandem.testing.TinyModels;
 import dev.tandem.training.TrainingSequence;
 import java.io.File;
 import java.nio.charset.StandardCharsets;
@@ -62,7 +63,7 @@ class CudaFaultTest {
     @Test
     void aWakeWithoutMemorySaysWhatIsMissingAndCanBeTriedAgain() {
         EngineOptions options = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16)).kvBytes(2L << 30);
-        try (HybridEngine engine = HybridEngine.create(CudaGenerationTest.config("llama"), null, options)) {
+        try (HybridEngine engine = HybridEngine.create(TinyModels.published("llama"), null, options)) {
             int[] before = said(engine);
             engine.sleep();
             for (long leave : new long[] {64 << 20, 700 << 20, 1800 << 20}) {
@@ -84,8 +85,8 @@ class CudaFaultTest {
         EngineOptions options = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16));
         List<TrainingSequence> batch = List.of(TrainingSequence.of(IntStream.range(0, 2000).toArray(), 1, 1),
                 TrainingSequence.of(IntStream.range(1000, 3000).toArray(), 1, 1));
-        try (HybridEngine engine = HybridEngine.create(CudaGenerationTest.config("llama"), null, options);
-                HybridEngine other = HybridEngine.create(CudaGenerationTest.config("llama"), null, options)) {
+        try (HybridEngine engine = HybridEngine.create(TinyModels.published("llama"), null, options);
+                HybridEngine other = HybridEngine.create(TinyModels.published("llama"), null, options)) {
             int[] before = said(engine);
             List<Tensor> ballast = ballast(engine, 64 << 20);
             TandemException e = assertThrows(TandemException.class, () -> engine.train(batch));
@@ -102,7 +103,7 @@ class CudaFaultTest {
     /** The KV cache is planned so large that the optimizer must make way for it. */
     @Test
     void aParkedOptimizerTrainsTheSame() {
-        ModelConfig config = CudaGenerationTest.config("qwen3");
+        ModelConfig config = TinyModels.published("qwen3");
         EngineOptions roomy = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16));
         roomy = roomy.training(roomy.training().lr(1e-3));
         MemoryPlan plan = MemoryPlan.of(config, roomy);
@@ -154,7 +155,7 @@ class CudaFaultTest {
 
         public static void main(String[] args) {
             EngineOptions options = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16));
-            try (HybridEngine engine = HybridEngine.create(CudaGenerationTest.config("llama"), null, options)) {
+            try (HybridEngine engine = HybridEngine.create(TinyModels.published("llama"), null, options)) {
                 boolean kernels = engine.onEachRank(rank -> rank.generator().runsKernels()).getFirst();
                 System.out.println("kernels: " + kernels + ", tokens: " + said(engine).length);
             }

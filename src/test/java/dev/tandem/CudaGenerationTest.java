@@ -31,26 +31,6 @@ import org.junit.jupiter.params.provider.ValueSource;
 class CudaGenerationTest {
     private static final Device CUDA = Device.cuda(0);
 
-    /** Shapes of the published families, a few layers of them. */
-    static ModelConfig config(String family) {
-        return TinyModels.of(switch (family) {
-            case "llama" -> """
-                    {"model_type":"llama","hidden_size":576,"num_hidden_layers":3,"num_attention_heads":9,"num_key_value_heads":3,
-                     "intermediate_size":1536,"vocab_size":5003,"max_position_embeddings":2048,"rope_theta":10000.0}""";
-            case "qwen2" -> """
-                    {"model_type":"qwen2","hidden_size":896,"num_hidden_layers":2,"num_attention_heads":14,"num_key_value_heads":2,
-                     "intermediate_size":1024,"vocab_size":32000,"max_position_embeddings":2048,"rope_theta":1000000.0}""";
-            case "qwen3" -> """
-                    {"model_type":"qwen3","hidden_size":1024,"num_hidden_layers":2,"num_attention_heads":16,"num_key_value_heads":8,
-                     "head_dim":128,"intermediate_size":1536,"vocab_size":8192,"max_position_embeddings":2048,
-                     "rope_theta":1000000.0,"tie_word_embeddings":true}""";
-            case "opt" -> """
-                    {"model_type":"opt","hidden_size":768,"num_hidden_layers":2,"num_attention_heads":8,"ffn_dim":1024,
-                     "vocab_size":5003,"max_position_embeddings":2048,"word_embed_proj_dim":768,"do_layer_norm_before":true}""";
-            default -> throw new IllegalArgumentException(family);
-        });
-    }
-
     static EngineOptions options(GeneratorOptions generation) {
         return EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16).kvBytes(256 << 20).memoryLimit(16L << 30).seed(5)
                 .generation(generation);
@@ -94,7 +74,7 @@ class CudaGenerationTest {
     @ParameterizedTest
     @ValueSource(strings = {"llama", "qwen2", "qwen3", "opt"})
     void logprobsAreThoseOfTheTrainingSide(String family) {
-        ModelConfig config = config(family);
+        ModelConfig config = TinyModels.published(family);
         for (GeneratorOptions generation : List.of(GeneratorOptions.defaults().blockSize(64).step(4096, 64, 4096),
                 GeneratorOptions.defaults().blockSize(16).step(300, 20, 130))) {
             try (HybridEngine engine = HybridEngine.create(config, null, options(generation))) {
@@ -110,7 +90,7 @@ class CudaGenerationTest {
 
     @Test
     void samplesOfOnePromptSharePagesAndPrefixesAreFound() {
-        ModelConfig config = config("qwen3");
+        ModelConfig config = TinyModels.published("qwen3");
         try (HybridEngine engine = HybridEngine.create(config, null, options(GeneratorOptions.defaults().blockSize(32).step(2048, 64, 512)))) {
             SamplingParams params = SamplingParams.defaults().maxTokens(40).ignoreEos(true).n(6).seed(3L);
             List<Prompt> prompts = prompts(config, 12, params, 2);
@@ -128,7 +108,7 @@ class CudaGenerationTest {
     @ParameterizedTest
     @ValueSource(strings = {"llama", "qwen3"})
     void rolloutsRepeatBitForBit(String family) {
-        ModelConfig config = config(family);
+        ModelConfig config = TinyModels.published(family);
         GeneratorOptions generation = GeneratorOptions.defaults().blockSize(64).step(4096, 64, 4096).prefixCaching(false);
         try (HybridEngine engine = HybridEngine.create(config, null, options(generation))) {
             List<Prompt> prompts = prompts(config, 40, SamplingParams.defaults().maxTokens(60).ignoreEos(true).seed(7L), 1);
@@ -146,7 +126,7 @@ class CudaGenerationTest {
     /** A pool that holds a few samples only: they are preempted and computed again. */
     @Test
     void preemptionsChangeNothing() {
-        ModelConfig config = config("llama");
+        ModelConfig config = TinyModels.published("llama");
         long block = 2L * 3 * 3 * 64 * 16 * 2;
         EngineOptions options = options(GeneratorOptions.defaults().blockSize(16).step(512, 32, 512)).kvBytes(100 * block);
         try (HybridEngine engine = HybridEngine.create(config, null, options)) {
@@ -163,7 +143,7 @@ class CudaGenerationTest {
     /** Kinds of log-prob that the training side can compute too. */
     @Test
     void temperatureTruncationPenaltiesAndStops() {
-        ModelConfig config = config("llama");
+        ModelConfig config = TinyModels.published("llama");
         try (HybridEngine engine = HybridEngine.create(config, null, options(GeneratorOptions.defaults().blockSize(16)))) {
             SamplingParams plain = SamplingParams.defaults().maxTokens(30).ignoreEos(true);
             SamplingParams cool = plain.temperature(0.7).logprobKind(LogprobKind.TEMPERATURE);

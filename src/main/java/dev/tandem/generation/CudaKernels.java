@@ -4,7 +4,6 @@ import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.KernelModule.Source;
-import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Norm;
 import java.util.HashMap;
@@ -71,7 +70,7 @@ final class CudaKernels implements AutoCloseable {
                     "POST_NORM", "0",
                     "FINAL_NORM", "1",
                     "GATED", config.gatedMlp() ? "1" : "0",
-                    "ACTIVATION", "" + activation(config.activation()),
+                    "ACTIVATION", "" + config.activation().kernelNumber(),
                     "WRITE_BACK", "0"));
             case "decode_attention.cu" -> both(shape, Map.of("SPLIT", "" + split));
             case "prefill_attention.cu" -> shape;
@@ -84,15 +83,6 @@ final class CudaKernels implements AutoCloseable {
         Map<String, String> all = new HashMap<>(a);
         all.putAll(b);
         return all;
-    }
-
-    private static int activation(Activation activation) {
-        return switch (activation) {
-            case SILU -> 0;
-            case RELU -> 1;
-            case GELU -> 2;
-            case GELU_TANH -> 3;
-        };
     }
 
     @Override

@@ -27,6 +27,16 @@ public enum Activation {
         return names.getFirst();
     }
 
+    /** {@return the number by which Tandem's kernels know it: their macro ACTIVATION} */
+    public int kernelNumber() {
+        return switch (this) {
+            case SILU -> 0;
+            case RELU -> 1;
+            case GELU -> 2;
+            case GELU_TANH -> 3;
+        };
+    }
+
     /** {@return every name that config.json may use, with what it stands for} */
     static Map<String, Activation> byHubName() {
         Map<String, Activation> all = new LinkedHashMap<>();

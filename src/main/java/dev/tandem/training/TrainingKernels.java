@@ -6,7 +6,6 @@ import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.KernelModule.Source;
-import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Norm;
 import dev.tandem.model.RotaryTables;
@@ -79,7 +78,7 @@ final class TrainingKernels implements AutoCloseable {
         modules = KernelModule.load(device, List.of(
                 new Source("train_norm.cu", Map.of("LAYER_NORM", config.norm() == Norm.LAYER ? "1" : "0")),
                 new Source("train_layer.cu",
-                        Map.of("GATED", config.gatedMlp() ? "1" : "0", "ACTIVATION", "" + activation(config.activation()))),
+                        Map.of("GATED", config.gatedMlp() ? "1" : "0", "ACTIVATION", "" + config.activation().kernelNumber())),
                 new Source("train_rotary.cu", Map.of("HEAD_DIM", "" + config.headDim())),
                 new Source("logprob.cu", Map.of("CTAS", "" + rowBlocks))));
         normForward = modules.get(0).kernel("normForward");
@@ -94,15 +93,6 @@ final class TrainingKernels implements AutoCloseable {
         logprobBackward = modules.get(3).kernel("logprobBackward");
         logprobBackwardFromLogits = modules.get(3).kernel("logprobBackwardFromLogits");
         rotary = RotaryTables.of(config, device);
-    }
-
-    private static int activation(Activation activation) {
-        return switch (activation) {
-            case SILU -> 0;
-            case RELU -> 1;
-            case GELU -> 2;
-            case GELU_TANH -> 3;
-        };
     }
 
     @Override

@@ -46,6 +46,26 @@ public final class TinyModels {
         return ModelConfig.llama(64, 16, 2, 4, 2, 24, 128).withSpecialTokens(1, java.util.List.of(2), 0);
     }
 
+    /** The shape of a published family's model, a few layers of it. */
+    public static ModelConfig published(String family) {
+        return of(switch (family) {
+            case "llama" -> """
+                    {"model_type":"llama","hidden_size":576,"num_hidden_layers":3,"num_attention_heads":9,"num_key_value_heads":3,
+                     "intermediate_size":1536,"vocab_size":5003,"max_position_embeddings":2048,"rope_theta":10000.0}""";
+            case "qwen2" -> """
+                    {"model_type":"qwen2","hidden_size":896,"num_hidden_layers":2,"num_attention_heads":14,"num_key_value_heads":2,
+                     "intermediate_size":1024,"vocab_size":32000,"max_position_embeddings":2048,"rope_theta":1000000.0}""";
+            case "qwen3" -> """
+                    {"model_type":"qwen3","hidden_size":1024,"num_hidden_layers":2,"num_attention_heads":16,"num_key_value_heads":8,
+                     "head_dim":128,"intermediate_size":1536,"vocab_size":8192,"max_position_embeddings":2048,
+                     "rope_theta":1000000.0,"tie_word_embeddings":true}""";
+            case "opt" -> """
+                    {"model_type":"opt","hidden_size":768,"num_hidden_layers":2,"num_attention_heads":8,"ffn_dim":1024,
+                     "vocab_size":5003,"max_position_embeddings":2048,"word_embed_proj_dim":768,"do_layer_norm_before":true}""";
+            default -> throw new IllegalArgumentException(family);
+        });
+    }
+
     /** The config that a config.json describes. */
     public static ModelConfig of(String json) {
         return read(JsonParser.parseString(json).getAsJsonObject());

@@ -25,31 +25,12 @@ import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
 /**
- * Log-probs and gradients of training on a GPU, in kernels and by automatic differentiation, both in bfloat16, against the CPU in float32 with the same
- * weights: the kernels may not be farther from it.
+ * Log-probs and gradients of training on a GPU, in kernels and by automatic differentiation, both in bfloat16, against the CPU in float32
+ * with the same weights: the kernels may not be farther from it.
  */
 @Gpu
 class CudaTrainingTest {
     private static final Device CUDA = Device.cuda(0);
-
-    private static ModelConfig config(String family) {
-        return TinyModels.of(switch (family) {
-            case "llama" -> """
-                    {"model_type":"llama","hidden_size":576,"num_hidden_layers":3,"num_attention_heads":9,"num_key_value_heads":3,
-                     "intermediate_size":1536,"vocab_size":5003,"max_position_embeddings":2048,"rope_theta":10000.0}""";
-            case "qwen2" -> """
-                    {"model_type":"qwen2","hidden_size":896,"num_hidden_layers":2,"num_attention_heads":14,"num_key_value_heads":2,
-                     "intermediate_size":1024,"vocab_size":32000,"max_position_embeddings":2048,"rope_theta":1000000.0}""";
-            case "qwen3" -> """
-                    {"model_type":"qwen3","hidden_size":1024,"num_hidden_layers":2,"num_attention_heads":16,"num_key_value_heads":8,
-                     "head_dim":128,"intermediate_size":1536,"vocab_size":8192,"max_position_embeddings":2048,
-                     "rope_theta":1000000.0,"tie_word_embeddings":true}""";
-            case "opt" -> """
-                    {"model_type":"opt","hidden_size":768,"num_hidden_layers":2,"num_attention_heads":8,"ffn_dim":1024,
-                     "vocab_size":5003,"max_position_embeddings":2048,"word_embed_proj_dim":768,"do_layer_norm_before":true}""";
-            default -> throw new IllegalArgumentException(family);
-        });
-    }
 
     private static Tensor loss(TokenValues t) {
         return t.logprob().sum().mul(-0.01).add(t.entropy().mul(t.logprob()).sum().mul(0.001));
@@ -104,7 +85,7 @@ class CudaTrainingTest {
     @ParameterizedTest
     @CsvSource({"llama, 0", "llama, 1000000000", "qwen2, 1000000000", "qwen3, 30000000", "qwen3, 1000000000", "opt, 1000000000"})
     void kernelsAreAsCloseAsAutomaticDifferentiation(String family, long budget) {
-        ModelConfig config = config(family);
+        ModelConfig config = TinyModels.published(family);
         Random random = new Random(3);
         List<TrainingSequence> batch = new ArrayList<>();
         for (int length : new int[] {2, 65, 300, 130}) {
