@@ -3,6 +3,7 @@ package dev.tandem.training;
 import dev.tandem.device.DType;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.Scope;
+import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.WeightArena;
@@ -12,6 +13,8 @@ import org.jspecify.annotations.Nullable;
 
 /** One rank's part of training: its model, its gradients, its slice of the optimizer. Confined to the rank's thread. */
 public final class RankTrainer implements AutoCloseable {
+    private static final System.Logger LOG = System.getLogger(RankTrainer.class.getName());
+
     private final WeightArena arena;
     private final Collectives collectives;
     private final DeviceMemory memory;
@@ -35,10 +38,19 @@ public final class RankTrainer implements AutoCloseable {
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        model = ManualModel.obstacle(arena.layout().config(), arena.dtype(), memory.device()) == null
-                ? new ManualModel(arena, decoder, memory, options)
-                : new LayerwiseModel(arena, decoder, memory, options);
+        model = model(arena, decoder);
         gradients = new GradientShard(arena.layout(), collectives, memory);
+    }
+
+    private TrainingModel model(WeightArena weights, Decoder decoder) {
+        if (ManualModel.obstacle(weights.layout().config(), weights.dtype(), memory.device()) == null) {
+            try {
+                return new ManualModel(weights, decoder, memory, options);
+            } catch (TandemException e) {
+                LOG.log(System.Logger.Level.WARNING, "training by automatic differentiation, which is slower: {0}", e.getMessage());
+            }
+        }
+        return new LayerwiseModel(weights, decoder, memory, options);
     }
 
     /**
