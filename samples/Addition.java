@@ -19,7 +19,7 @@ import picocli.CommandLine.Option;
 //
 //     java @target/java.args samples/Addition.java --model DIR --steps 120 --chart reward.svg
 //
-// SmolLM2-135M-Instruct goes from one in ten to nine in ten; on a GPU in half a minute, on a CPU overnight.
+// Meant for a model as small as SmolLM2-135M-Instruct and for a GPU; on a CPU a step of that size takes minutes.
 
 @Option(names = "--model", required = true, paramLabel = "DIR", description = "a Hugging Face folder with a chat template")
 Path model;
