@@ -4,9 +4,10 @@ package dev.tandem.device;
  * A range of addresses that is reserved once and backed by memory only in part.
  *
  * <p>Addresses never change: views and captured graphs that point into the range stay right across
- * {@link #release release} and {@link #commit commit}. What was in memory that is released is gone; what newly
- * committed memory holds is zeros on the CPU and not defined on a GPU. Touching addresses that are not committed is an access violation, so whoever owns the range guards it with a state of
- * its own. Offsets and lengths are bytes and multiples of {@link #granularity}. Not thread-safe.
+ * {@link #release release} and {@link #commit commit}. What was in memory that is released is gone; what newly committed memory
+ * holds is zeros on the CPU and not defined on a GPU. Touching addresses that are not committed is an access violation, so
+ * whoever owns the range guards it with a state of its own. Offsets and lengths are bytes and multiples of {@link #granularity}.
+ * Not thread-safe.
  */
 public interface VirtualMemory extends AutoCloseable {
     /**

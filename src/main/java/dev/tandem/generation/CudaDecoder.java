@@ -303,8 +303,8 @@ final class CudaDecoder implements AutoCloseable {
     private void rotate(int layer, WeightGroup w, int tokens, long positions, long slots, long count) {
         kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), qkv.address(), address(w.find(ParameterRole.Q_BIAS)),
                 address(w.find(ParameterRole.Q_NORM)), address(w.find(ParameterRole.K_NORM)), (float) config.normEps(),
-                address(rotary == null ? null : rotary.cosines()), address(rotary == null ? null : rotary.sines()), positions, slots, input.address(Field.TABLES), input.layout().tableWidth(), pages,
-                layer, config.layers(), query.address(), count);
+                address(rotary == null ? null : rotary.cosines()), address(rotary == null ? null : rotary.sines()), positions, slots,
+                input.address(Field.TABLES), input.layout().tableWidth(), pages, layer, config.layers(), query.address(), count);
     }
 
     private void attend(int layer, int decodeRows, int tiles) {
