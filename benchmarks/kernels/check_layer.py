@@ -1,4 +1,4 @@
-"""usage: check_layer.py FOLDER      checks and times the kernels of layer.cu (FOLDER has layer.cu and common.cuh)"""
+"""usage: check_layer.py FOLDER      checks and times the kernels of layer.cu (FOLDER has layer.cu, vectors.cuh and common.cuh)"""
 import math, os, sys
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ def kernel(name, **macros):
     defaults.update(macros)
     key = tuple(sorted(defaults.items()))
     if key not in modules:
-        code = read('common.cuh') + '\n//CUT\n' + read('layer.cu').replace('#include "common.cuh"', '')
+        vectors = read('vectors.cuh').replace('#include "common.cuh"', '')  # after layer.cu's own ROUND_STEPS
+        code = read('common.cuh') + '\n//CUT\n' + read('layer.cu').replace('#include "vectors.cuh"', vectors)
         modules[key] = cupy.RawModule(code=code, backend='nvrtc',
                                       options=('--std=c++17',) + tuple('-D%s=%s' % i for i in key))
     return modules[key].get_function(name)

@@ -19,8 +19,6 @@
 // POST_NORM 1: the normalised sum is itself the next residual; FINAL_NORM 0: gatherNorm only adds; GATED 1: act(gate) * up;
 // ACTIVATION 0 SiLU, 1 ReLU, 2 GELU, 3 GELU by tanh; WRITE_BACK 1: qkv is left with what attention is to see; ROUND_STEPS.
 
-#include "common.cuh"
-
 #ifndef LAYER_NORM  // those of the architecture, given together; otherwise a Llama's
 #define LAYER_NORM 0
 #define POST_NORM 0
@@ -35,38 +33,12 @@
 #define ROUND_STEPS 1
 #endif
 
-#define UNROLL _Pragma("unroll")
+#include "vectors.cuh"
 
 // 16-byte vectors of a row that a thread holds in registers.
 #define VECTORS 4
 // Vector k of this thread begins at element i of its row; past the end for some, unless the width is a multiple of 1024.
 #define FOR_VECTORS UNROLL for (int k = 0, i = 8 * threadIdx.x; k < VECTORS; k++, i += 8 * blockDim.x)
-
-DEVICE float stored(float x) { return ROUND_STEPS ? roundBf16(x) : x; }
-
-DEVICE uint4 load(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
-
-DEVICE void store(bf16* to, uint4 vector) { *reinterpret_cast<uint4*>(to) = vector; }
-
-DEVICE void unpack(float (&x)[8], uint4 vector) {
-    u32 pairs[4] = {vector.x, vector.y, vector.z, vector.w};
-    UNROLL for (int i = 0; i < 8; i++) {
-        x[i] = i % 2 == 0 ? lowFloat(pairs[i / 2]) : highFloat(pairs[i / 2]);
-    }
-}
-
-DEVICE uint4 pack(const float (&x)[8]) {
-    return make_uint4(packBf16(x[0], x[1]), packBf16(x[2], x[3]), packBf16(x[4], x[5]), packBf16(x[6], x[7]));
-}
-
-// x = bf16(x + y): sums become residuals, keys and values, so they are rounded whatever ROUND_STEPS says.
-DEVICE void add(float (&x)[8], uint4 vector) {
-    float y[8];
-    unpack(y, vector);
-    UNROLL for (int i = 0; i < 8; i++) {
-        x[i] = roundBf16(x[i] + y[i]);
-    }
-}
 
 // ---- embedding -------------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@
 // Macros: GATED 1: act(gate) * up; ACTIVATION 0 SiLU, 1 ReLU, 2 GELU, 3 GELU by tanh; ROUND_STEPS 1 rounds act(gate) before the
 // multiplication, as layer.cu does by default.
 
-#include "train.cuh"
+#include "vectors.cuh"
 
 #ifndef GATED
 #define GATED 1

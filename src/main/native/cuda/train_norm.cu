@@ -24,7 +24,7 @@
 //
 // Macro: LAYER_NORM 0 RMSNorm, 1 LayerNorm.
 
-#include "train.cuh"
+#include "vectors.cuh"
 
 #ifndef LAYER_NORM
 #define LAYER_NORM 0

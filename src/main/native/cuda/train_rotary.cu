@@ -35,7 +35,7 @@
 //
 // Macros: HEAD_DIM 64, 96, 128, 256; ROUND_STEPS 1 rounds after the norm, the factors and the products, as layer.cu does by default.
 
-#include "train.cuh"
+#include "vectors.cuh"
 
 #define HALF (HEAD_DIM / 2)
 // A power of two, for the shuffles; of HEAD_DIM 96 two in eight idle.

@@ -206,25 +206,25 @@ final class CudaExecutor implements StepExecutor {
     private CudaGraph fastest(int size) {
         List<CudaProducts.Way> ways = decoder.ways(size);
         Step step = new Step(device, config, size);
-        Integer known = FASTEST.get(step);
+        Integer known = ways.size() == 1 ? Integer.valueOf(0) : FASTEST.get(step);
         if (known != null) {
             return captured(size, ways.get(known));
         }
-        List<CudaGraph> graphs = new ArrayList<>();
+        List<CudaGraph> candidates = new ArrayList<>();
         try {
-            ways.forEach(way -> graphs.add(captured(size, way)));
-            // A step may be computed several times: it reads nothing that it writes.
+            ways.forEach(way -> candidates.add(captured(size, way)));
+            // A step may be computed several times: its results depend on nothing that it changes.
             float least = Float.POSITIVE_INFINITY;
             int best = 0;
-            for (int i = 0; i < graphs.size(); i++) {
-                float time = graphs.get(i).milliseconds(device);
+            for (int i = 0; i < candidates.size(); i++) {
+                float time = candidates.get(i).milliseconds(device);
                 best = time < least ? i : best;
                 least = Math.min(least, time);
             }
             FASTEST.put(step, best);
-            return graphs.remove(best);
+            return candidates.remove(best);
         } finally {
-            graphs.forEach(CudaGraph::close);
+            candidates.forEach(CudaGraph::close);
         }
     }
 

@@ -1,4 +1,4 @@
-// What the kernels of training share: rows of bfloat16 as 16-byte vectors of eight floats.
+// What the kernels of a layer share, in generation and in training: rows of bfloat16 as 16-byte vectors of eight floats.
 
 #include "common.cuh"
 
@@ -8,7 +8,7 @@
 
 #define UNROLL _Pragma("unroll")
 
-// Between two operations that layer.cu keeps apart: with the same ROUND_STEPS, training and generation compute the same numbers.
+// Between two operations that libtorch keeps apart: with the same ROUND_STEPS, training and generation compute the same numbers.
 DEVICE float stored(float x) { return ROUND_STEPS ? roundBf16(x) : x; }
 
 DEVICE uint4 load(const bf16* from) { return *reinterpret_cast<const uint4*>(from); }
@@ -28,7 +28,7 @@ DEVICE uint4 pack(const float (&x)[8]) {
     return make_uint4(packBf16(x[0], x[1]), packBf16(x[2], x[3]), packBf16(x[4], x[5]), packBf16(x[6], x[7]));
 }
 
-// x = bf16(x + y), as the model defines sums that are stored: residuals, biases.
+// x = bf16(x + y), whatever ROUND_STEPS says: such sums are stored, as residuals, keys and values.
 DEVICE void add(float (&x)[8], uint4 vector) {
     float y[8];
     unpack(y, vector);
