@@ -103,8 +103,8 @@ def close(name, got, want, relative, absolute):
             difference.max().item()))
 
 
-def closeBf16(name, got, want, absolute=1e-4):
-    close(name, got, want, 2.0 ** -8 * 1.01, absolute)  # half of the last bit
+def closeBf16(name, got, want, absolute=1e-4, roundings=1):
+    close(name, got, want, roundings * 2.0 ** -8 * 1.01, absolute)  # half of the last bit each time
 
 
 def closeFloat(name, got, want, absolute=5e-6):
@@ -333,7 +333,7 @@ def testGated():
                     act = functions[number](a[:, :width])
                     want = act * a[:, width:] if isGated else act
                     closeBf16(('activatedRounded' if rounding else 'activated') + name, out, want.detach(),
-                              0.02 if rounding else 1e-4)
+                              0.02 if rounding else 1e-4, roundings=1 + rounding)
                     byWidened, recomputed = poison(*widened.shape), poison(rows, width)
                     gated('gatedBackward', macros, rows, width, widened, bias, by, byWidened, recomputed)
                     want.backward(by.double())

@@ -28,12 +28,6 @@ import org.jspecify.annotations.Nullable;
 final class CudaProducts implements AutoCloseable {
     private static final System.Logger LOG = System.getLogger(CudaProducts.class.getName());
 
-    /**
-     * Whether Tandem's own kernels take part. Off until a fault is proven mended on a GPU: rows were wrong now and then, because the decode
-     * attention read the number of its items before its predecessor had ended.
-     */
-    private static final boolean OWN = Boolean.getBoolean("dev.tandem.ownProducts");
-
     private final Device device;
     private final WeightArena arena;
     private final ModelConfig config;
@@ -66,7 +60,7 @@ final class CudaProducts implements AutoCloseable {
         config = arena.layout().config();
         cublas = new CublasLt(device);
         owned.push(cublas::close);
-        HopperProducts own = OWN && HopperProducts.runsOn(device) ? new HopperProducts(device) : null;
+        HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device) : null;
         if (own != null) {
             owned.push(own::close);
         }
@@ -83,7 +77,7 @@ final class CudaProducts implements AutoCloseable {
         Timed byCublas = timed(rows);
         found.add(byCublas.way());
         try {
-            if (OWN && FewRows.computes(rows)) {
+            if (FewRows.computes(rows)) {
                 found.add(fewRows(rows, true));
                 found.add(fewRows(rows, false));
             } else if (hopper != null) {

@@ -15,9 +15,6 @@ import org.jspecify.annotations.Nullable;
 
 /** Tandem's kernels for training a model on a GPU, and the tables they read. The owner closes it. */
 final class TrainingKernels implements AutoCloseable {
-    /** Not run on a GPU yet: off unless asked for. */
-    private static final boolean ON = Boolean.getBoolean("dev.tandem.trainingKernels");
-
     private static final int MOST_RETAINED = 4768;
 
     private final List<KernelModule> modules;
@@ -44,9 +41,6 @@ final class TrainingKernels implements AutoCloseable {
     /** {@return what of a model these kernels do not compute, or null if they compute all of it} */
     static @Nullable String obstacle(ModelConfig config, DType dtype) {
         int dim = config.headDim();
-        if (!ON) {
-            return "kernels for training are off (-Ddev.tandem.trainingKernels=true)";
-        }
         if (dtype != DType.BFLOAT16) {
             return "weights are " + dtype + ", not BFLOAT16";
         }
