@@ -38,11 +38,11 @@ def fail(message):
 class Kernels:
     """Both entry points compiled for one shape; the defaults of the macros are those of decode_attention.cu."""
 
-    def __init__(self, heads, kv_heads, head_dim, block, split=256, warps=4, stages=None, resident=None, evict=0):
+    def __init__(self, heads, kv_heads, head_dim, block, split=256, warps=4, stages=None, resident=None, evict=0, units=0):
         stages = stages or (4 if head_dim <= 64 else 3 if head_dim <= 96 else 2)
         resident = resident or (3 if head_dim <= 128 else 1)
         self.heads, self.kv_heads, self.head_dim, self.block, self.split = heads, kv_heads, head_dim, block, split
-        self.warps, self.stages, self.resident, self.evict = warps, stages, resident, evict
+        self.warps, self.stages, self.resident, self.evict, self.units = warps, stages, resident, evict, units
         group = heads // kv_heads
         queue = 16 if stages > 4 else 8
         self.shared = (warps * stages * 64 * head_dim + 4 * warps * group * (head_dim + 6)
@@ -50,7 +50,7 @@ class Kernels:
         self.module = None
 
     def name(self):
-        return f'split {self.split} warps {self.warps} stages {self.stages} bound {self.resident} evict-first {self.evict}'
+        return f'split {self.split} warps {self.warps} stages {self.stages} bound {self.resident} evict-first {self.evict} units {self.units}'
 
     def compile(self):
         if self.module is None:
@@ -68,17 +68,27 @@ class Kernels:
             self.grid = MULTIPROCESSORS * self.residents
         return self
 
+    def wanted(self):
+        """items of a step: so many units to a block of the grid, and no fewer than the longest splits make"""
+        return self.units * self.grid // self.kv_heads
+
+    def split_of(self, tokens):
+        split = max(16 * self.warps, self.block)
+        while split < self.split and tokens // split > self.wanted():
+            split *= 2
+        return split
+
     def plan(self, batch):
         self.plan_kernel((1,), (256,), (pointer(batch.row_slot), pointer(batch.row_length), pointer(batch.row_count),
-                                        numpy.int32(batch.max_rows), numpy.int32(batch.max_items), pointer(batch.work),
-                                        pointer(batch.work_count)))
+                                        numpy.int32(batch.max_rows), numpy.int32(batch.max_items), numpy.int32(self.wanted()),
+                                        pointer(batch.work), pointer(batch.work_count)))
 
     def attend(self, batch, layer, grid=None):
         self.kernel((grid or self.grid,), (32 * self.warps,),
                     (pointer(batch.query), pointer(batch.out), pointer(batch.kv), numpy.int32(layer), numpy.int32(batch.layers),
                      pointer(batch.table), numpy.int32(batch.table.shape[1]), pointer(batch.work), pointer(batch.work_count),
                      numpy.int32(batch.max_items), pointer(batch.partials), pointer(batch.counters),
-                     numpy.float32(1 / math.sqrt(self.head_dim))), shared_mem=self.shared)
+                     numpy.float32(1 / math.sqrt(self.head_dim)), numpy.int32(0)), shared_mem=self.shared)
 
 
 def pointer(tensor):
@@ -97,7 +107,8 @@ class Batch:
         self.row_slot = torch.tensor(slots + [0] * extra_rows, **ints)  # beyond the count: looks valid, must not be touched
         self.row_length = torch.tensor(lengths + [77] * extra_rows, **ints)
         self.row_count = torch.tensor([rows], **ints)
-        self.items = sum(-(-n // k.split) for n, s in zip(lengths, slots) if s >= 0)
+        split = k.split_of(sum(n for n, s in zip(lengths, slots) if s >= 0))
+        self.items = sum(-(-n // split) for n, s in zip(lengths, slots) if s >= 0)
         self.max_items = self.items + 1
         self.work = torch.full((self.max_items + 1, 8), -12345, **ints)
         self.work_count = torch.full((1,), -1, **ints)
@@ -167,7 +178,7 @@ def reference(k, batch, row, layer):
 
 
 def check(k):
-    label = f'heads {k.heads}/{k.kv_heads} headDim {k.head_dim} block {k.block} split {k.split}'
+    label = f'heads {k.heads}/{k.kv_heads} headDim {k.head_dim} block {k.block} split {k.split} units {k.units}'
     torch.manual_seed(11)
     layers, layer = 3, 1
     kv, table, slots = paged_cache(k, LENGTHS, layers, layer)
@@ -204,7 +215,7 @@ def check(k):
             fail(f'{label}: length {lengths[row]} differs by {difference:.2e}')
         worst = max(worst, difference if difference == difference else math.inf)
 
-    # The same row alone and among 256 others.
+    # The same row alone and among 256 others, where that does not change the splits.
     others = [int(n) for n in torch.randint(1, 1500, (256,))]
     kept = [700, 4096, 17, 1025]
     all_lengths = others[:100] + kept + others[100:]
@@ -217,7 +228,7 @@ def check(k):
         alone.query[0] = crowd.query[100 + i]
         k.plan(alone)
         k.attend(alone, 0)
-        if alone.out[0].isnan().any().item() or not torch.equal(bits(alone.out[0]), bits(crowd.out[100 + i])):
+        if alone.out[0].isnan().any().item() or not k.units and not torch.equal(bits(alone.out[0]), bits(crowd.out[100 + i])):
             fail(f'{label}: length {kept[i]} has other bits alone than among 256 others')
     if crowd.counters.any().item():
         fail(f'{label}: counters not zero after the large batch')
@@ -316,27 +327,27 @@ def bench(cache, copy):
                   f'{100 * rate / copy:>8.1f}%   {load.layers}{plan}', flush=True)
 
 
-# split, warps, stages, bound on resident blocks, evict first
+# longest split, warps, stages, bound on resident blocks, evict first, units to a block
 SWEEPS = {
-    (16, 8, 128): [(1024, 4, 2, 3, 0), (2048, 4, 2, 3, 0), (1024, 4, 1, 4, 0), (1024, 8, 1, 3, 0)],
-    (12, 2, 128): [(512, 4, 2, 3, 0), (1024, 4, 2, 3, 0), (2048, 4, 2, 3, 0), (1024, 4, 1, 4, 0), (1024, 2, 4, 3, 0), (1024, 8, 1, 3, 0), (1024, 8, 2, 2, 0), (1024, 2, 2, 6, 0), (512, 4, 1, 4, 0)],
-    (14, 2, 64): [(512, 4, 4, 3, 0), (1024, 4, 4, 3, 0), (2048, 4, 4, 3, 0), (1024, 4, 2, 5, 0), (1024, 2, 4, 6, 0), (1024, 8, 2, 3, 0), (1024, 4, 3, 4, 0), (1024, 2, 2, 8, 0), (1024, 8, 4, 2, 0)],
+    (16, 8, 128): [(1024, 4, 2, 3, 0, units) for units in (0, 1, 2, 3, 4, 6, 8)] + [(2048, 4, 2, 3, 0, 4)],
+    (32, 8, 128): [(1024, 4, 2, 3, 0, units) for units in (0, 2, 4, 8)],
+    (12, 2, 128): [(2048, 4, 2, 3, 0, units) for units in (0, 1, 2, 3, 4, 6, 8)],
+    (14, 2, 64): [(2048, 4, 4, 3, 0, units) for units in (0, 1, 2, 3, 4, 6, 8)],
 }
+SWEPT_LENGTHS = [[700] * 256, ragged(256, 700), [4096] * 256, ragged(155, 950), ragged(107, 1080), ragged(58, 1300), ragged(28, 1400),
+                 [700] * 32, ragged(8, 1500), [400], [4096], [32768]]
 
 
 def sweep(cache, copy):
     for (heads, kv_heads, dim), variants in SWEEPS.items():
-        print(f'\nsweep {heads}/{kv_heads} x {dim}: % of copy at 256 x 700, 256 ragged, 256 x 4096, 32 x 700; µs at 1 x 700, 1 x 4096')
+        print(f'\nsweep {heads}/{kv_heads} x {dim}: µs at ' + ', '.join(f'{len(n)} x {sum(n) / len(n):.0f}' for n in SWEPT_LENGTHS))
         base = KERNELS[heads, kv_heads, dim]
-        loads = [Workload(base, cache, lengths, copy) for lengths in
-                 ([700] * 256, ragged(256, 700), [4096] * 256, [700] * 32, [700], [4096])]
+        loads = [Workload(base, cache, lengths, copy) for lengths in SWEPT_LENGTHS]
+        print(' '.join(f'{load.bytes / copy * 1e6:7.2f}' for load in loads), '  at the rate of a copy')
         for variant in variants:
             k = SWEPT[(heads, kv_heads, dim), variant]
-            cells = []
-            for i, load in enumerate(loads):
-                seconds, rate = load.measure(k, 5)
-                cells.append(f'{100 * rate / copy:6.1f}%' if i < 4 else f'{seconds * 1e6:7.2f}')
-            print(f'{" ".join(cells)}   {k.name()} ({k.residents} resident, {k.kernel.num_regs} registers)', flush=True)
+            print(' '.join(f'{load.measure(k, 5)[0] * 1e6:7.2f}' for load in loads),
+                  f'  {k.name()} ({k.residents} resident, {k.kernel.num_regs} registers)', flush=True)
 
 
 CHECKED = [(16, 8, 128, 64, 256), (32, 8, 128, 128, 256), (12, 2, 128, 16, 256), (14, 2, 64, 64, 256), (14, 2, 64, 128, 256),
@@ -344,7 +355,8 @@ CHECKED = [(16, 8, 128, 64, 256), (32, 8, 128, 128, 256), (12, 2, 128, 16, 256),
            (16, 1, 128, 64, 512), (12, 1, 64, 64, 128)]
 KERNELS = {shape: Kernels(*shape, 64) for shape in SHAPES}
 SWEPT = {(shape, v): Kernels(*shape, 64, *v) for shape, variants in SWEEPS.items() for v in variants}
-TO_CHECK = [Kernels(*c) for c in CHECKED] + [Kernels(16, 8, 128, 64, 512, 8, 1, 2), Kernels(14, 2, 64, 16, 1024, 2, 6, 3, 0)]
+TO_CHECK = [Kernels(*c) for c in CHECKED] + [Kernels(16, 8, 128, 64, 512, 8, 1, 2), Kernels(14, 2, 64, 16, 1024, 2, 6, 3, 0)] + [
+    Kernels(16, 8, 128, 64, 1024, units=4), Kernels(14, 2, 64, 16, 2048, units=2), Kernels(32, 8, 128, 128, 1024, units=8)]
 
 
 def main():

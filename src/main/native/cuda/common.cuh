@@ -30,11 +30,21 @@ DEVICE float roundBf16(float x) { return lowFloat(packBf16(x, 0.0f)); }
 // next one be launched in turn. Because every kernel does this before anything else, order is kept along the whole stream. Beware of
 // const pointers that are __restrict__, and of ld.global.nc: they say that memory does not change while the kernel runs, and the
 // compiler then loads from it before the wait.
-DEVICE void followPredecessor() {
+DEVICE void awaitPredecessor() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+DEVICE void admitSuccessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+DEVICE void followPredecessor() {
+    admitSuccessor();
+    awaitPredecessor();
 }
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }

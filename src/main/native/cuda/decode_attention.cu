@@ -3,10 +3,12 @@
 // Every key and value is read once and used for GROUP = HEADS / KV_HEADS multiply-adds per element, so the memory's bandwidth is
 // the only limit that counts; all of the design serves to keep enough reads under way at all times.
 //
-// Work. A row's context is cut into splits of SPLIT tokens (flash decoding, Dao et al. 2023), always at the same places, so that a
-// row's result has the same bits whatever else is in the batch. planDecode lists the (row, split) items of a step once, long ones
-// first; all layers use the list. A unit is one item for one kv head. The grid is persistent: a CTA takes units at the stride of
-// the grid, in alternating direction, so that the CTAs' shares of the descending list come out nearly equal.
+// Work. A row's context is cut into splits (flash decoding, Dao et al. 2023) of one length for all rows of a step: SPLIT tokens, which
+// costs the least bandwidth, or as much less as it takes to have about wantedItems of them, so that a few rows busy all CTAs, too.
+// With wantedItems = 0 the cuts are always at the same places, and a row's result has the same bits whatever else is in the batch.
+// planDecode lists the (row, split) items of a step once, long ones first; all layers use the list. A unit is one item for one kv
+// head. The grid is persistent: a CTA takes units at the stride of the grid, in alternating direction, so that the CTAs' shares of
+// the descending list come out nearly equal.
 //
 // Pipeline. Tokens are dealt to the warps in tiles of 16, round robin. A tile's keys (and its values) of one kv head are one
 // contiguous piece of a page. Each warp copies its own tiles asynchronously into its own ring of STAGES stages and waits for
@@ -27,11 +29,13 @@
 // Layouts. query, out [rows][HEADS][HEAD_DIM]; kv: pages, element ((((block * layers + layer) * 2 + {0 key, 1 value}) * KV_HEADS +
 // kvHead) * BLOCK_SIZE + token) * HEAD_DIM + d; blockTable [slots][maxBlocksPerSlot]; rowSlot, rowLength [maxRows], where rows past
 // *rowCount, of a negative slot or of length 0 are padding: their output is left as it is. The length includes the new token.
-//   work      8 ints x maxItems: row, slot, split, tokens in this split, splits of the row, number of the partial, 0, 0
+//   work      8 ints x maxItems: row, slot, split, tokens in this split, splits of the row, number of the partial, 0, first page
 //   workCount 1 int
 //   partials  floats: maxItems x HEADS x (HEAD_DIM + 4): output, base-2 log-sum-exp, 3 unused
 //   counters  maxRows x KV_HEADS ints, zero before the first launch and after every launch
-// where maxItems bounds the sum of ceil(length / SPLIT) over the rows, as (tokens of all rows) / SPLIT + maxRows always does.
+//   planned   not 0: all but the query and each row's newest key and value was written by kernels that had ended before the one right
+//             before this was launched; then these are read without waiting for that one
+// where maxItems bounds the number of items, as max(wantedItems, (tokens of all rows) / SPLIT) + maxRows always does.
 //
 // Launches. planDecode: 1 block of PLAN_THREADS. decodeAttention: blocks of 32 * WARPS threads, multiprocessors x resident blocks
 // of them (any number is right), with dynamic shared memory of
@@ -41,7 +45,7 @@
 #include "common.cuh"
 
 #ifndef SPLIT
-#define SPLIT 256  // tokens; a multiple of BLOCK_SIZE
+#define SPLIT 256  // tokens, at most; a multiple of BLOCK_SIZE
 #endif
 #ifndef WARPS
 #define WARPS 4
@@ -68,7 +72,8 @@ constexpr int TILE_TOKENS = 16, TILE_BYTES = TILE_TOKENS * ROW_BYTES, STAGE_BYTE
 constexpr int CHUNKS = HEAD_DIM / 8;                       // of 16 bytes, per token
 constexpr int SWIZZLE = HEAD_DIM % 64 == 0 ? 7 : 3;        // bits of a chunk's number that are permuted
 constexpr int HEADS_BYTES = KV_HEADS * BLOCK_SIZE * ROW_BYTES;  // the keys of a page: from a key to its value
-constexpr int PAGES = SPLIT / BLOCK_SIZE;                  // per unit
+constexpr int SHORTEST_SPLIT = BLOCK_SIZE > WARPS * TILE_TOKENS ? BLOCK_SIZE : WARPS * TILE_TOKENS;
+constexpr int PAGES = SPLIT / BLOCK_SIZE;                  // per unit, at most
 constexpr int PAGES_PER_LANE = (PAGES + 31) / 32;
 constexpr int AHEAD = STAGES + 1;                          // units in the queue, beginning with the present one
 constexpr int QUEUE = STAGES > 4 ? 16 : 8;                 // at least AHEAD + 3: the two before, and the one to come
@@ -78,10 +83,10 @@ constexpr int OUTPUTS = GROUP * VECTORS;                   // of 4 elements, per
 constexpr u32 ALL = 0xffffffffu;
 
 static_assert(HEADS % KV_HEADS == 0 && GROUP <= 16 && HEAD_DIM % 32 == 0, "shape");
-static_assert(SPLIT % BLOCK_SIZE == 0 && BLOCK_SIZE % TILE_TOKENS == 0 && (BLOCK_SIZE & (BLOCK_SIZE - 1)) == 0, "pages");
+static_assert(SPLIT >= SHORTEST_SPLIT && (SPLIT & (SPLIT - 1)) == 0 && BLOCK_SIZE % TILE_TOKENS == 0 && (BLOCK_SIZE & (BLOCK_SIZE - 1)) == 0, "pages");
 static_assert(QUEUE >= AHEAD + 3, "queue");
 
-enum { ROW, SLOT, SPLIT_INDEX, TOKENS, SPLITS, PARTIAL, KV_HEAD, ITEM_INTS = 8, UNIT_INTS = ITEM_INTS + PAGES };
+enum { ROW, SLOT, SPLIT_INDEX, TOKENS, SPLITS, PARTIAL, KV_HEAD, FIRST_PAGE, ITEM_INTS, UNIT_INTS = ITEM_INTS + PAGES };
 
 #define UNROLL _Pragma("unroll")
 
@@ -112,7 +117,8 @@ DEVICE int sumBefore(int value, int* warpTotals, int& total) {
 // Full splits come first, then the rows' tails in 16 classes of falling length: a stable counting sort, so the order is always
 // the same. Each thread keeps a run of consecutive rows. A list of more than maxItems is dropped as a whole.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
-planDecode(const int* rowSlot, const int* rowLength, const int* rowCount, int maxRows, int maxItems, int4* work, int* workCount) {
+planDecode(const int* rowSlot, const int* rowLength, const int* rowCount, int maxRows, int maxItems, int wantedItems, int4* work,
+           int* workCount) {
     followPredecessor();
     constexpr int CLASSES = 17;
     __shared__ int positions[CLASSES * PLAN_THREADS];  // [class][thread]: counts, then where the thread's next item goes
@@ -121,18 +127,27 @@ planDecode(const int* rowSlot, const int* rowLength, const int* rowCount, int ma
     const int rows = min(*rowCount, maxRows), share = (rows + PLAN_THREADS - 1) / PLAN_THREADS;
     const int first = thread * share, last = min(first + share, rows);
     auto lengthOf = [&](int row) { return rowSlot[row] < 0 ? 0 : max(rowLength[row], 0); };
-    auto classOf = [](int tokens) { return tokens == SPLIT ? 0 : CLASSES - (tokens * 16 + SPLIT - 1) / SPLIT; };
+    int tokensHere = 0, tokensOfAll;
+    for (int row = first; row < last; row++) {
+        tokensHere += lengthOf(row);
+    }
+    sumBefore(tokensHere, warpTotals, tokensOfAll);
+    int split = SHORTEST_SPLIT;
+    while (split < SPLIT && tokensOfAll / split > wantedItems) {
+        split *= 2;
+    }
+    auto classOf = [&](int tokens) { return tokens == split ? 0 : CLASSES - (tokens * 16 + split - 1) / split; };
     for (int c = 0; c < CLASSES; c++) {
         positions[c * PLAN_THREADS + thread] = 0;
     }
     int partials = 0;  // rows of one split need none
     for (int row = first; row < last; row++) {
-        const int length = lengthOf(row), full = length / SPLIT, tail = length % SPLIT;
+        const int length = lengthOf(row), full = length / split, tail = length % split;
         positions[thread] += full;
         if (tail > 0) {
             positions[classOf(tail) * PLAN_THREADS + thread]++;
         }
-        partials += length > SPLIT ? full + (tail > 0) : 0;
+        partials += length > split ? full + (tail > 0) : 0;
     }
     int total, sum = 0;
     int partial = sumBefore(partials, warpTotals, total);
@@ -150,12 +165,12 @@ planDecode(const int* rowSlot, const int* rowLength, const int* rowCount, int ma
     }
     __syncthreads();
     for (int row = first; row < last && total <= maxItems; row++) {
-        const int slot = rowSlot[row], length = lengthOf(row), splits = (length + SPLIT - 1) / SPLIT;
-        for (int split = 0; split < splits; split++) {
-            const int tokens = min(SPLIT, length - split * SPLIT);
+        const int slot = rowSlot[row], length = lengthOf(row), splits = (length + split - 1) / split;
+        for (int i = 0; i < splits; i++) {
+            const int tokens = min(split, length - i * split);
             const int place = positions[classOf(tokens) * PLAN_THREADS + thread]++;
-            work[2 * place] = make_int4(row, slot, split, tokens);
-            work[2 * place + 1] = make_int4(splits, splits > 1 ? partial++ : 0, 0, 0);
+            work[2 * place] = make_int4(row, slot, i, tokens);
+            work[2 * place + 1] = make_int4(splits, splits > 1 ? partial++ : 0, 0, i * (split / BLOCK_SIZE));
         }
     }
 }
@@ -273,8 +288,11 @@ DEVICE void gatherSplits(const float* partials, const int* unit, int warp, int l
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers,
                 const int* blockTable, int maxBlocksPerSlot, const int* work,
-                const int* workCount, int maxItems, float* partials, int* counters, float scale) {
-    followPredecessor();
+                const int* workCount, int maxItems, float* partials, int* counters, float scale, int planned) {
+    admitSuccessor();
+    if (!planned) {
+        awaitPredecessor();
+    }
     extern __shared__ __align__(128) unsigned char sharedMemory[];
     float* outputs = (float*) (sharedMemory + WARPS * STAGES * STAGE_BYTES);  // [warp][head][PADDED_DIM]
     float2* statistics = (float2*) (outputs + WARPS * GROUP * PADDED_DIM);    // [warp][head]: maximum, sum
@@ -288,13 +306,13 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     auto loadItem = [&](u32 n) {
         const u32 index = n * gridDim.x + (n % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
         const int item = min((int) (index / KV_HEADS), maxItems - 1);
-        const int word = lane < KV_HEAD ? work[item * ITEM_INTS + lane] : lane == KV_HEAD ? (int) (index % KV_HEADS) : 0;
+        const int word = lane == KV_HEAD ? (int) (index % KV_HEADS) : lane < ITEM_INTS ? work[item * ITEM_INTS + lane] : 0;
         return index < (u32) units ? word : 0;
     };
     auto loadPages = [&](int word, int (&pages)[PAGES_PER_LANE]) {
-        const int slot = __shfl_sync(ALL, word, SLOT), split = __shfl_sync(ALL, word, SPLIT_INDEX);
+        const int slot = __shfl_sync(ALL, word, SLOT), firstPage = __shfl_sync(ALL, word, FIRST_PAGE);
         const int tokens = __shfl_sync(ALL, word, TOKENS);
-        const int* table = blockTable + (long long) slot * maxBlocksPerSlot + split * PAGES;
+        const int* table = blockTable + (long long) slot * maxBlocksPerSlot + firstPage;
         UNROLL for (int i = 0; i < PAGES_PER_LANE; i++) {
             pages[i] = (lane + 32 * i) * BLOCK_SIZE < tokens ? table[lane + 32 * i] : 0;
         }
@@ -318,6 +336,7 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
         firstWords[i] = loadItem(warp + i * WARPS);
     }
     if (blockIdx.x >= units) {
+        awaitPredecessor();  // the next kernel takes the end of this one for that of all before it
         return;
     }
     UNROLL for (int i = 0; i < FIRST_UNITS; i++) {
@@ -339,11 +358,13 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     const char* source = layerPages;
     u32 copyUnit = 0, copyStep = 0;
     int copyTokens = 0;
+    bool copiesNewest = false;  // the row's last token, or what comes after it
     auto stepsOf = [](u32 tokens) { return max(1u, (tokens + WARPS * TILE_TOKENS - 1) / (WARPS * TILE_TOKENS)); };
     auto nextSource = [&]() {
         const int* unit = unitAt(copyUnit);
         const u32 first = (copyStep * WARPS + warp) * TILE_TOKENS, tokens = unit[TOKENS];
         copyTokens = (int) (tokens - first);
+        copiesNewest = copyTokens <= TILE_TOKENS && unit[SPLIT_INDEX] + 1 == unit[SPLITS];
         if (copyTokens > 0) {
             source = layerPages + (u64) (u32) unit[ITEM_INTS + first / BLOCK_SIZE] * ((u32) layers * (2 * HEADS_BYTES)) +
                      (unit[KV_HEAD] * BLOCK_SIZE + first % BLOCK_SIZE) * ROW_BYTES;
@@ -362,9 +383,13 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     };
     UNROLL for (int i = 0; i < STAGES; i++) {
         nextSource();
+        if (copiesNewest) {
+            awaitPredecessor();
+        }
         copyTile(ring + i * STAGE_BYTES, source);
         copyTile(ring + i * STAGE_BYTES + TILE_BYTES, source + HEADS_BYTES);
     }
+    awaitPredecessor();
 
     // -- Q^T as the right-hand operand: column lane / 4, and pairs of elements from lane % 4; zeros past the group.
     u32 q[COLUMN_TILES][DIM_TILES][2];

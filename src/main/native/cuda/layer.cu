@@ -212,7 +212,8 @@ extern "C" __global__ void __launch_bounds__(256)
                        const float* cosine, const float* sine, const int* positions, const int* tokenSlot,
                        const int* blockTable, int maxBlocksPerSlot, bf16* kv, int layer, int layers, bf16* query,
                        const int* tokenCount) {
-    followPredecessor();
+    awaitPredecessor();
+    admitSuccessor();  // not before: decode attention reads what kernels before this one wrote without waiting for this one
     u32 group = (blockIdx.x * 256 + threadIdx.x) / LANES;
     int token = group / UNITS, unit = group % UNITS;
     int element = 8 * (threadIdx.x % LANES);

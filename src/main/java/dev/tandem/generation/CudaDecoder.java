@@ -32,6 +32,9 @@ final class CudaDecoder implements AutoCloseable {
     private static final int TILE_ROWS = 128;
     private static final int MANY_ROWS = 512;
 
+    /** One for each of the three blocks that a multiprocessor of an H100 runs: more balance better, but have more to merge. */
+    private static final int WANTED_UNITS = 396;
+
     private final ModelConfig config;
     private final WeightArena arena;
     private final Device device;
@@ -110,7 +113,7 @@ final class CudaDecoder implements AutoCloseable {
         kernels.prefillAttention.sharedMemory(prefillGrid(config, 1).sharedBytes());
 
         int tokens = options.tokenBudget();
-        maxItems = Math.multiplyExact(maxRows, Math.ceilDiv(config.maxPositions(), split(config)));
+        maxItems = maxItems(config, maxRows);
         try (Scope scope = Scope.open()) {
             residual = buffer(tokens, config.hiddenSize());
             normed = buffer(tokens, config.hiddenSize());
@@ -199,16 +202,25 @@ final class CudaDecoder implements AutoCloseable {
         long keys = 2L * config.kvHeads() * config.headDim();
         long wide = config.intermediateSize() * (config.gatedMlp() ? 3L : 2L);
         long activations = tokens * (3L * config.hiddenSize() + 3 * attention + keys + wide) + rows * config.hiddenSize();
-        long items = rows * Math.ceilDiv(config.maxPositions(), split(config));
+        long items = maxItems(config, options.maxRunning());
         long floats = rows * rowStride(config) + items * config.heads() * (config.headDim() + 4L) + 8 * items + 8
                 + rows * config.kvHeads();
         long tables = config.positions() instanceof Positions.Rope ? (long) config.maxPositions() * config.headDim() : 0;
         return activations * DType.BFLOAT16.bytes() + (floats + tables) * Float.BYTES + CublasLt.WORKSPACE;
     }
 
+    /** {@return pieces of context in a step, for all heads, below which the pieces are made shorter} */
+    static int wantedItems(ModelConfig config) {
+        return WANTED_UNITS / config.kvHeads();
+    }
+
+    private static int maxItems(ModelConfig config, int rows) {
+        return Math.max(Math.multiplyExact(rows, Math.ceilDiv(config.maxPositions(), split(config))), wantedItems(config) + rows);
+    }
+
     /**
-     * {@return tokens that one block attends to} Longer rows are cut. Shorter pieces answer sooner at batch 1 and cost bandwidth at
-     * batch 256.
+     * {@return tokens that one block attends to at most} Longer rows are cut; all rows into shorter pieces where these would be fewer than
+     * {@link #wantedItems}.
      */
     static int split(ModelConfig config) {
         return config.kvHeads() <= 2 ? 2048 : 1024;
@@ -258,7 +270,7 @@ final class CudaDecoder implements AutoCloseable {
             embed(rows, tokens, ids, positions, count);
             if (decodeRows > 0) {
                 kernels.planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
-                        input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, work.address(), workCount());
+                        input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, wantedItems(config), work.address(), workCount());
             }
             long addend = 0;
             long addendBias = 0;
@@ -313,7 +325,7 @@ final class CudaDecoder implements AutoCloseable {
         int width = input.layout().tableWidth();
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
-                    tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale);
+                    tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale, 1);
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,

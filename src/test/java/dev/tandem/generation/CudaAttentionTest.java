@@ -111,27 +111,35 @@ class CudaAttentionTest extends KernelTest {
         int[] rowLengths = Arrays.stream(slots).map(slot -> slot < 0 ? 333 : lengths[slot]).toArray();
         rowLengths[9] = 0;
         Tensor query = normal(1, slots.length, heads, headDim);
-        Tensor out = decode(module, config, grid, pages, query, slots, rowLengths, 10);
+        Tensor out = decode(module, config, grid, pages, query, slots, rowLengths, 10, 0);
+        Tensor inShortPieces = decode(module, config, grid, pages, query, slots, rowLengths, 10, 100);
         String what = "decode attention of " + heads + " and " + kvHeads + " heads of " + headDim + ", pages of " + pageSize;
         for (int row = 0; row < slots.length; row++) {
             Tensor found = out.narrow(0, row, 1);
             if (slots[row] < 0 || row >= 9) {
                 assertSame(what + ": padding", found, poison(DType.BFLOAT16, found.shape()));
+                assertSame(what + ": padding", inShortPieces.narrow(0, row, 1), found);
                 continue;
             }
             Tensor expected = attention(query.narrow(0, row, 1), pages.tokens.get(slots[row]), rowLengths[row] - 1);
             compareHeads(what + ", " + rowLengths[row] + " tokens", found, expected);
+            compareHeads(what + ", " + rowLengths[row] + " tokens in short pieces", inShortPieces.narrow(0, row, 1), expected);
             Tensor alone = decode(module, config, grid, pages, query.narrow(0, row, 1), new int[] {slots[row]},
-                    new int[] {rowLengths[row]}, 1);
+                    new int[] {rowLengths[row]}, 1, 0);
             assertSame(what + ": alone", alone, found);
         }
         Grid few = new Grid(7, 1, grid.threads(), 1, grid.sharedBytes());
-        assertSame(what + ": another grid", decode(module, config, few, pages, query, slots, rowLengths, 10), out);
+        assertSame(what + ": another grid", decode(module, config, few, pages, query, slots, rowLengths, 10, 0), out);
+        assertSame(what + ": another grid, in short pieces", decode(module, config, few, pages, query, slots, rowLengths, 10, 100),
+                inShortPieces);
     }
 
     private static Tensor decode(KernelModule module, ModelConfig config, Grid grid, Pages pages, Tensor query, int[] slots,
-            int[] lengths, int count) {
-        int split = CudaDecoder.split(config);
+            int[] lengths, int count, int wantedItems) {
+        int tokens = IntStream.range(0, count).map(row -> slots[row] < 0 ? 0 : lengths[row]).sum();
+        int longest = CudaDecoder.split(config);
+        int split = IntStream.iterate(64, length -> 2 * length).filter(length -> length >= longest || tokens / length <= wantedItems)
+                .findFirst().orElseThrow();
         int maxItems = IntStream.range(0, count).map(row -> slots[row] < 0 ? 0 : Math.ceilDiv(lengths[row], split)).sum() + 1;
         Tensor out = poison(DType.BFLOAT16, query.shape());
         Tensor rowSlot = ints(slots);
@@ -142,10 +150,10 @@ class CudaAttentionTest extends KernelTest {
         Tensor partials = poison(DType.FLOAT32, maxItems, config.heads(), config.headDim() + 4);
         Tensor counters = Tensor.zeros(CUDA, DType.INT32, slots.length, config.kvHeads());
         module.kernel("planDecode").launch(CUDA, Grid.of(1, 256), rowSlot.address(), rowLength.address(), rowCount.address(),
-                slots.length, maxItems, work.address(), workCount.address());
+                slots.length, maxItems, wantedItems, work.address(), workCount.address());
         module.kernel("decodeAttention").launch(CUDA, grid, query.address(), out.address(), pages.memory.address(), LAYER, LAYERS,
                 pages.tables.address(), pages.width, work.address(), workCount.address(), maxItems, partials.address(),
-                counters.address(), scale(config));
+                counters.address(), scale(config), 0);
         assertEquals(maxItems - 1, workCount.item(), "items");
         assertEquals(0, counters.abs().max().item(), "counters are ready for the next launch");
         return out;
