@@ -14,7 +14,7 @@ import java.util.List;
  * @param dtype of the weights in memory: FLOAT32 or BFLOAT16
  * @param memoryLimit most bytes that one rank may hold, or 0 to take an even share of what the machine has available
  * @param kvBytes bytes of the KV cache of each rank, or 0 to let the plan choose
- * @param seed of random weights, and of sampling where a request brings none
+ * @param seed of random weights, of sampling where a request brings none, and of the rounding of BFLOAT16 moments
  * @param timeLimit how long a rank waits for the others
  * @param generation how ranks generate
  * @param training how ranks train

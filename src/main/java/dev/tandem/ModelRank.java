@@ -45,7 +45,8 @@ public final class ModelRank implements AutoCloseable {
             generator = new Generator(arena, decoder, memory, options.generation(), plan.kvBlocks(), text, eosTokenIds, options.seed());
             made.push(generator::close);
             trainer = new RankTrainer(arena, decoder, rank.collectives(), memory,
-                    options.training().memory(plan.activationBudget(), options.training().logitBytes()), plan.parked() > 0);
+                    options.training().memory(plan.activationBudget(), options.training().logitBytes()), options.seed(),
+                    plan.parked() > 0);
         } catch (RuntimeException | Error e) {
             made.forEach(Runnable::run);
             throw e;

@@ -9,6 +9,7 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 import static org.junit.jupiter.api.Assumptions.assumeFalse;
 
 import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.TandemException;
@@ -346,6 +347,12 @@ class BadInputTest {
                     "temperature");
         }
         assertEquals(0, engine.weightVersion());
+    }
+
+    @Test
+    void momentsOfAnotherType() {
+        message(IllegalArgumentException.class, () -> TrainerOptions.defaults().moments(DType.FLOAT16), "moments", "FLOAT32", "BFLOAT16",
+                "not FLOAT16");
     }
 
     @Test

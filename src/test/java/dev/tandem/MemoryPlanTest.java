@@ -3,10 +3,13 @@ package dev.tandem;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import dev.tandem.device.DType;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.model.ModelConfig;
+import dev.tandem.model.WeightLayout;
 import dev.tandem.training.TrainerOptions;
+import java.util.List;
 import org.junit.jupiter.api.Test;
 
 class MemoryPlanTest {
@@ -36,5 +39,19 @@ class MemoryPlanTest {
             before = plan.activationBudget();
         }
         assertEquals(most.activationBudget(), before);
+    }
+
+    /** FLOAT32 master and moments of 12 bytes for each weight; BFLOAT16 moments take half of theirs. */
+    @Test
+    void roundedMomentsAreCounted() {
+        EngineOptions options = EngineOptions.defaults().kvBytes(1 << 20).memoryLimit(1L << 40);
+        TrainerOptions rounded = TrainerOptions.defaults().moments(DType.BFLOAT16);
+        for (DType dtype : List.of(DType.FLOAT32, DType.BFLOAT16)) {
+            long weights = new WeightLayout(CONFIG, 1).length();
+            long masters = dtype == DType.FLOAT32 ? 0 : 4 * weights;
+            assertEquals(masters + 8 * weights, MemoryPlan.of(CONFIG, options.dtype(dtype)).training().get(Use.OPTIMIZER));
+            assertEquals(masters + 4 * weights,
+                    MemoryPlan.of(CONFIG, options.dtype(dtype).training(rounded)).training().get(Use.OPTIMIZER));
+        }
     }
 }

@@ -24,7 +24,7 @@ public record MemoryNeeds(long optimizer, long gradients, long activations, long
                 ? ManualModel.bucketBytes(layout)
                 : LayerwiseModel.bucketBytes(layout, dtype);
         int tokens = options.microBatchTokens();
-        long optimizer = slice * (dtype == DType.FLOAT32 ? 2 : 3);
+        long optimizer = OptimizerLayout.of(layout.length() / layout.shards(), dtype, options).bytes();
         long gradients = slice + buckets;
         ActivationMemory memory = new ActivationMemory(layout.config(), dtype, device, options);
         long budget = options.activationBudget() == TrainerOptions.ALL_THAT_FITS

@@ -27,6 +27,8 @@ final class OptimizerKernels implements AutoCloseable {
     private static final int APPLIED = 8;
 
     private final Device device;
+    private final TrainerOptions options;
+    private final long seed;
     private final KernelModule module;
     private final Kernel squares;
     private final Kernel normAndScale;
@@ -36,9 +38,13 @@ final class OptimizerKernels implements AutoCloseable {
     /** The kernel's StepState. */
     private final Tensor state;
 
-    OptimizerKernels(Device device, DType weights) {
+    /** @param seed of the random bits by which BFLOAT16 moments are rounded */
+    OptimizerKernels(Device device, DType weights, TrainerOptions options, long seed) {
         this.device = device;
-        module = KernelModule.load(device, new Source("optimizer.cu", Map.of("WEIGHTS_FLOAT", weights == DType.FLOAT32 ? "1" : "0")));
+        this.options = options;
+        this.seed = seed;
+        module = KernelModule.load(device, new Source("optimizer.cu", Map.of("WEIGHTS_FLOAT", weights == DType.FLOAT32 ? "1" : "0",
+                "MOMENTS_BF16", options.moments() == DType.BFLOAT16 ? "1" : "0")));
         squares = module.kernel("squares");
         normAndScale = module.kernel("normAndScale");
         adamw = module.kernel("adamw");
@@ -55,19 +61,25 @@ final class OptimizerKernels implements AutoCloseable {
      *
      * @param loss FLOAT32 [1], of all ranks
      */
-    void begin(Tensor gradients, double clip, Tensor loss, Collectives collectives) {
+    void begin(Tensor gradients, Tensor loss, Collectives collectives) {
         int parts = Math.toIntExact(partial.elements());
         squares.launch(device, Grid.of(parts, THREADS), gradients.address(), gradients.elements(), partial.address(), parts);
         collectives.allReduce(partial);
-        normAndScale.launch(device, Grid.of(1, THREADS), partial.address(), parts, clip, loss.address(), state.address());
+        normAndScale.launch(device, Grid.of(1, THREADS), partial.address(), parts, options.clip(), loss.address(), state.address());
     }
 
-    /** Updates a run of weights; {@code master} is 0 where the weights are FLOAT32. */
-    void update(long gradient, long first, long second, long master, long weights, long count, double lr, TrainerOptions options,
-            double decay) {
+    /**
+     * Updates a run of weights. The first five are addresses.
+     *
+     * @param master 0 where the weights are FLOAT32
+     * @param element the number of the first weight in the model
+     * @param decays whether weight decay applies
+     */
+    void update(long gradient, long first, long second, long master, long weights, long count, long element, double lr, boolean decays) {
         int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, residentBlocks);
+        double decay = options.decays(decays) ? options.weightDecay() : 0;
         adamw.launch(device, Grid.of(blocks, THREADS), gradient, first, second, master, weights, count, lr, options.beta1(),
-                options.beta2(), options.epsilon(), decay, 0, 0L, 0L, state.address());
+                options.beta2(), options.epsilon(), decay, 0, seed, element, state.address());
     }
 
     /** {@return what the step that was begun last has come to; waits for it} */

@@ -19,6 +19,7 @@ public final class RankTrainer implements AutoCloseable {
     private final Collectives collectives;
     private final DeviceMemory memory;
     private final TrainerOptions options;
+    private final long seed;
     private final boolean parks;
     private final TrainingModel model;
     private final GradientShard gradients;
@@ -29,10 +30,12 @@ public final class RankTrainer implements AutoCloseable {
      * @param decoder of the model
      * @param collectives of this rank
      * @param memory the device's ledger
+     * @param seed of the random bits by which BFLOAT16 moments are rounded
      * @param parks whether a GPU's optimizer state waits in host memory while {@link #rest resting}
      */
     public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options,
-            boolean parks) {
+            long seed, boolean parks) {
+        this.seed = seed;
         this.parks = parks;
         this.arena = arena;
         this.collectives = collectives;
@@ -108,7 +111,7 @@ public final class RankTrainer implements AutoCloseable {
     private ShardedAdamW optimizer() {
         ShardedAdamW current = optimizer;
         if (current == null) {
-            current = new ShardedAdamW(arena, collectives, memory, options);
+            current = new ShardedAdamW(arena, collectives, memory, options, seed);
             optimizer = current;
         }
         return current;

@@ -18,10 +18,11 @@ import org.jspecify.annotations.Nullable;
 /**
  * AdamW (Loshchilov and Hutter 2019) over this rank's slice of every group, writing the arena in place.
  *
- * <p>Moments are FLOAT32. In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of the slice
- * is, and its rounding is written to the arena: small updates would be lost otherwise. After the update an in-place all-gather
- * completes the arena on every rank. Work goes through in chunks that stay in the cache, so a step reads and writes each number
- * about once. All memory is taken before the first weight is written: a step that runs out of memory has changed nothing.
+ * <p>In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of the slice is, and its rounding is
+ * written to the arena: small updates would be lost otherwise. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}. After the
+ * update an in-place all-gather completes the arena on every rank. On the CPU, work goes through in chunks that stay in the cache, so a
+ * step reads and writes each number about once; on a GPU it is one pass of {@link OptimizerKernels}. All memory is taken before the first
+ * weight is written: a step that runs out of memory has changed nothing.
  *
  * <p>The state of a GPU's slice can be parked: {@link #park} moves it to page-locked host memory, and whatever needs it next brings it
  * back.
@@ -30,45 +31,38 @@ import org.jspecify.annotations.Nullable;
  */
 final class ShardedAdamW implements AutoCloseable {
     private static final long CHUNK = 1 << 16;
-    private static final long CUDA_CHUNK = 1 << 26;
 
     private final WeightArena arena;
     private final Collectives collectives;
     private final DeviceMemory memory;
     private final TrainerOptions options;
-    private final boolean hasMaster;
+    private final long seed;
+    private final OptimizerLayout layout;
     private final @Nullable OptimizerKernels kernels;
-    private final long length;
-    private final long bytes;
-    /** FLOAT32 [2 or 3, slice]: first moments, second moments, masters; null while parked. */
+    /** As {@link #layout} says; null while parked. */
     private @Nullable Tensor state;
 
     private @Nullable PinnedMemory parkingPlace;
+    /** Updates applied so far on the CPU; a GPU counts its own. */
     private long steps;
 
-    ShardedAdamW(WeightArena arena, Collectives collectives, DeviceMemory memory, TrainerOptions options) {
+    /** @param seed of the random bits by which BFLOAT16 moments are rounded */
+    ShardedAdamW(WeightArena arena, Collectives collectives, DeviceMemory memory, TrainerOptions options, long seed) {
         this.arena = arena;
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        hasMaster = arena.dtype() != DType.FLOAT32;
-        length = arena.layout().length() / collectives.size();
-        kernels = memory.device().isCpu() || TrainingKernels.obstacle(arena.layout().config(), arena.dtype()) != null
-                ? null
-                : new OptimizerKernels(memory.device(), arena.dtype());
-        bytes = length * Float.BYTES * parts();
+        this.seed = seed;
+        layout = OptimizerLayout.of(arena.layout().length() / collectives.size(), arena.dtype(), options);
+        kernels = memory.device().isCpu() ? null : new OptimizerKernels(memory.device(), arena.dtype(), options, seed);
         allocate().fillInPlace(0);
         refreshMaster();
     }
 
-    private int parts() {
-        return hasMaster ? 3 : 2;
-    }
-
     private Tensor allocate() {
         try (Scope scope = Scope.open()) {
-            Tensor made = Tensor.empty(memory.device(), DType.FLOAT32, parts(), length).keep();
-            memory.add(Use.OPTIMIZER, bytes);
+            Tensor made = Tensor.empty(memory.device(), DType.FLOAT32, layout.bytes() / Float.BYTES).keep();
+            memory.add(Use.OPTIMIZER, layout.bytes());
             state = made;
             return made;
         }
@@ -81,13 +75,13 @@ final class ShardedAdamW implements AutoCloseable {
             return;
         }
         Device device = memory.device();
-        PinnedMemory place = parkingPlace == null ? new PinnedMemory(device, bytes) : parkingPlace;
+        PinnedMemory place = parkingPlace == null ? new PinnedMemory(device, layout.bytes()) : parkingPlace;
         parkingPlace = place;
-        place.copyFrom(device, present.address(), bytes);
+        place.copyFrom(device, present.address(), layout.bytes());
         Cuda.synchronize(device);
         present.close();
         state = null;
-        memory.add(Use.OPTIMIZER, -bytes);
+        memory.add(Use.OPTIMIZER, -layout.bytes());
     }
 
     /** The state, brought back if it was parked. */
@@ -96,18 +90,17 @@ final class ShardedAdamW implements AutoCloseable {
         PinnedMemory place = parkingPlace;
         if (present == null && place != null) {
             present = allocate();
-            place.copyTo(memory.device(), present.address(), 0, bytes);
+            place.copyTo(memory.device(), present.address(), 0, layout.bytes());
         }
         return Objects.requireNonNull(present);
     }
 
     /** Takes the master weights from the arena again, after weights were loaded into it. */
     void refreshMaster() {
-        if (hasMaster) {
+        if (layout.masters()) {
             try (Scope scope = Scope.open()) {
-                Tensor master = present().select(0, 2);
                 for (WeightGroup group : arena.groups()) {
-                    slice(master, group).copyInPlace(own(group));
+                    present().narrow(0, offset(group), length(group)).copyInPlace(group.flat().narrow(0, start(group), length(group)));
                 }
             }
         }
@@ -129,100 +122,96 @@ final class ShardedAdamW implements AutoCloseable {
             double sum = loss.item();
             boolean finite = Double.isFinite(norm) && Double.isFinite(sum);
             if (finite) {
-                update(gradients, lr, norm > options.clip() ? options.clip() / (norm + 1e-6) : 1);
+                onCpu(gradients, lr, norm > options.clip() ? options.clip() / (norm + 1e-6) : 1);
             }
             return new RankTrainer.Outcome(sum, norm, finite);
         }
     }
 
     private RankTrainer.Outcome onDevice(OptimizerKernels on, GradientShard gradients, Tensor loss, double lr) {
-        Tensor moments = present();
-        long first = moments.address();
-        long second = first + length * Float.BYTES;
-        long master = hasMaster ? second + length * Float.BYTES : 0;
-        on.begin(gradients.all(), options.clip(), loss.to(DType.FLOAT32), collectives);
+        long own = present().address();
+        on.begin(gradients.all(), loss.to(DType.FLOAT32), collectives);
         for (WeightGroup group : arena.groups()) {
-            long slice = group.length() / collectives.size();
-            long start = slice * collectives.rank();
-            long offset = group.offset() / collectives.size();
-            long weights = group.flat().address() + start * arena.dtype().bytes();
-            long gradient = gradients.all().address() + offset * Float.BYTES;
-            group.runs(start, start + slice, (from, to, decays) -> {
-                long at = offset + from - start;
-                on.update(gradient + (from - start) * Float.BYTES, first + at * Float.BYTES, second + at * Float.BYTES,
-                        master == 0 ? 0 : master + at * Float.BYTES, weights + (from - start) * arena.dtype().bytes(), to - from, lr,
-                        options, options.decays(decays) ? options.weightDecay() : 0);
+            group.runs(start(group), start(group) + length(group), (from, to, decays) -> {
+                long at = offset(group) + from - start(group);
+                on.update(gradients.all().address() + at * Float.BYTES, own + layout.first(at), own + layout.second(at),
+                        layout.masters() ? own + layout.master(at) : 0, group.flat().address() + from * arena.dtype().bytes(), to - from,
+                        group.offset() + from, lr, decays);
             });
             collectives.allGather(group.flat());
         }
-        RankTrainer.Outcome outcome = on.outcome(loss.item());
-        steps += outcome.applied() ? 1 : 0;
-        return outcome;
+        return on.outcome(loss.item());
     }
 
-    private void update(GradientShard gradients, double lr, double scale) {
-        long chunkSize = Math.min(length, memory.device().isCpu() ? CHUNK : CUDA_CHUNK);
-        double correction1 = 1 - Math.pow(options.beta1(), steps + 1);
-        double correction2 = Math.sqrt(1 - Math.pow(options.beta2(), steps + 1));
+    private void onCpu(GradientShard gradients, double lr, double scale) {
+        long chunkSize = Math.min(layout.elements(), CHUNK);
         try (Gradients off = Gradients.disabled(); Scope step = Scope.open()) {
-            Tensor moments = present();
-            Tensor first = moments.select(0, 0);
-            Tensor second = moments.select(0, 1);
-            Tensor master = hasMaster ? moments.select(0, 2) : null;
-            Tensor scratch = Tensor.empty(memory.device(), DType.FLOAT32, chunkSize);
+            Tensor scratch = Tensor.empty(Device.cpu(), DType.FLOAT32, options.moments() == DType.FLOAT32 ? 1 : 3, chunkSize);
             steps++;
             for (WeightGroup group : arena.groups()) {
-                long slice = group.length() / collectives.size();
-                long start = slice * collectives.rank();
-                try (Scope scope = Scope.open()) {
-                    Tensor own = own(group);
-                    Tensor weights = master == null ? own : slice(master, group);
-                    Tensor gradient = gradients.slice(group);
-                    Tensor m = slice(first, group);
-                    Tensor v = slice(second, group);
-                    group.runs(start, start + slice, (from, to, decays) -> {
-                        for (long at = from - start; at < to - start; at += chunkSize) {
-                            long n = Math.min(chunkSize, to - start - at);
-                            try (Scope chunk = Scope.open()) {
-                                Tensor w = weights.narrow(0, at, n);
-                                Tensor g = gradient.narrow(0, at, n);
-                                Tensor mean = m.narrow(0, at, n);
-                                Tensor square = v.narrow(0, at, n);
-                                if (scale != 1) {
-                                    g.mulInPlace(scale);
-                                }
-                                if (options.decays(decays)) {
-                                    w.mulInPlace(1 - lr * options.weightDecay());
-                                }
-                                mean.lerpInPlace(g, 1 - options.beta1());
-                                square.mulInPlace(options.beta2()).addProductInPlace(g, g, 1 - options.beta2());
-                                Tensor denominator = scratch.narrow(0, 0, n).setSqrt(square)
-                                        .mulInPlace(1 / correction2).addInPlace(options.epsilon());
-                                w.addQuotientInPlace(mean, denominator, -lr / correction1);
-                                if (master != null) {
-                                    own.narrow(0, at, n).copyInPlace(w);
-                                }
+                group.runs(start(group), start(group) + length(group), (from, to, decays) -> {
+                    for (long at = from; at < to; at += chunkSize) {
+                        long n = Math.min(chunkSize, to - at);
+                        try (Scope chunk = Scope.open()) {
+                            Tensor g = gradients.all().narrow(0, offset(group) + at - start(group), n);
+                            if (scale != 1) {
+                                g.mulInPlace(scale);
                             }
+                            update(group, at, g, scratch.narrow(1, 0, n), lr, decays);
                         }
-                    });
-                    collectives.allGather(group.flat());
-                }
+                    }
+                });
+                collectives.allGather(group.flat());
             }
         }
     }
 
-    /** {@return how many updates were applied} */
-    long steps() {
-        return steps;
+    /**
+     * Updates a chunk of a group.
+     *
+     * @param from where it begins in the group
+     * @param g its gradient
+     * @param scratch FLOAT32 [1 or, to round moments, 3, the chunk's length]
+     */
+    private void update(WeightGroup group, long from, Tensor g, Tensor scratch, double lr, boolean decays) {
+        long n = g.elements();
+        long at = offset(group) + from - start(group);
+        boolean rounds = options.moments() != DType.FLOAT32;
+        Tensor weights = group.flat().narrow(0, from, n);
+        Tensor w = layout.masters() ? present().narrow(0, at, n) : weights;
+        Tensor first = Tensor.wrap(present().memory().asSlice(layout.first(at)), options.moments(), n);
+        Tensor second = Tensor.wrap(present().memory().asSlice(layout.second(at)), options.moments(), n);
+        Tensor mean = rounds ? scratch.select(0, 1).copyInPlace(first) : first;
+        Tensor square = rounds ? scratch.select(0, 2).copyInPlace(second) : second;
+        if (options.decays(decays)) {
+            w.mulInPlace(1 - lr * options.weightDecay());
+        }
+        mean.lerpInPlace(g, 1 - options.beta1());
+        square.mulInPlace(options.beta2()).addProductInPlace(g, g, 1 - options.beta2());
+        Tensor denominator = scratch.select(0, 0).setSqrt(square)
+                .mulInPlace(1 / Math.sqrt(1 - Math.pow(options.beta2(), steps))).addInPlace(options.epsilon());
+        w.addQuotientInPlace(mean, denominator, -lr / (1 - Math.pow(options.beta1(), steps)));
+        if (layout.masters()) {
+            weights.copyInPlace(w);
+        }
+        if (rounds) {
+            new RandomRounding(seed, steps).round(mean, square, first, second, group.offset() + from);
+        }
     }
 
-    private Tensor own(WeightGroup group) {
-        long length = group.length() / collectives.size();
-        return group.flat().narrow(0, length * collectives.rank(), length);
+    /** {@return where this rank's slice begins in a group, in elements} */
+    private long start(WeightGroup group) {
+        return length(group) * collectives.rank();
     }
 
-    private Tensor slice(Tensor of, WeightGroup group) {
-        return of.narrow(0, group.offset() / collectives.size(), group.length() / collectives.size());
+    /** {@return the length of this rank's slice of a group} */
+    private long length(WeightGroup group) {
+        return group.length() / collectives.size();
+    }
+
+    /** {@return where the slice of a group begins in gradients and state} */
+    private long offset(WeightGroup group) {
+        return group.offset() / collectives.size();
     }
 
     @Override
@@ -230,7 +219,7 @@ final class ShardedAdamW implements AutoCloseable {
         if (state != null) {
             state.close();
             state = null;
-            memory.add(Use.OPTIMIZER, -bytes);
+            memory.add(Use.OPTIMIZER, -layout.bytes());
         }
         if (parkingPlace != null) {
             parkingPlace.close();

@@ -1,5 +1,7 @@
 package dev.tandem.training;
 
+import dev.tandem.device.DType;
+
 /**
  * How to train.
  *
@@ -9,6 +11,8 @@ package dev.tandem.training;
  * @param epsilon added to the root of the second moment
  * @param weightDecay decoupled weight decay
  * @param decayAll whether norms and biases decay too
+ * @param moments type of AdamW's moments: FLOAT32, or BFLOAT16 for half the memory; these are rounded up or down at random, so that slow
+ *     averages still move
  * @param clip largest global norm of the gradient; infinite for no clipping
  * @param microBatchTokens most tokens that one rank runs through the model at once
  * @param activationBudget bytes of activations that may be kept from the forward to the backward pass; what does not fit is computed
@@ -16,7 +20,7 @@ package dev.tandem.training;
  * @param logitBytes most bytes of FLOAT32 logits at a time
  */
 public record TrainerOptions(LearningRate lr, double beta1, double beta2, double epsilon, double weightDecay, boolean decayAll,
-        double clip, int microBatchTokens, long activationBudget, long logitBytes) {
+        DType moments, double clip, int microBatchTokens, long activationBudget, long logitBytes) {
 
     /** An activation budget of all the memory that the plan has left. */
     public static final long ALL_THAT_FITS = Long.MAX_VALUE;
@@ -27,6 +31,9 @@ public record TrainerOptions(LearningRate lr, double beta1, double beta2, double
         check("beta2", beta2 >= 0 && beta2 < 1, beta2);
         check("epsilon", epsilon > 0, epsilon);
         check("weightDecay", weightDecay >= 0, weightDecay);
+        if (moments != DType.FLOAT32 && moments != DType.BFLOAT16) {
+            throw new IllegalArgumentException("TrainerOptions.moments must be FLOAT32 or BFLOAT16, not " + moments);
+        }
         check("clip", clip > 0, clip);
         check("microBatchTokens", microBatchTokens > 0, microBatchTokens);
         check("activationBudget", activationBudget >= 0, activationBudget);
@@ -39,15 +46,16 @@ public record TrainerOptions(LearningRate lr, double beta1, double beta2, double
         }
     }
 
-    /** {@return AdamW(0.9, 0.95, 1e-8), no weight decay, clipping at 1, constant rate 1e-5, 512 tokens at once} */
+    /** {@return AdamW(0.9, 0.95, 1e-8), no weight decay, moments in FLOAT32, clipping at 1, constant rate 1e-5, 512 tokens
+     * at once} */
     public static TrainerOptions defaults() {
         return new TrainerOptions(
-                LearningRate.constant(1e-5), 0.9, 0.95, 1e-8, 0, false, 1, 512, 768L << 20, 256L << 20);
+                LearningRate.constant(1e-5), 0.9, 0.95, 1e-8, 0, false, DType.FLOAT32, 1, 512, 768L << 20, 256L << 20);
     }
 
     /** {@return these options with another learning rate} */
     public TrainerOptions lr(LearningRate value) {
-        return new TrainerOptions(value, beta1, beta2, epsilon, weightDecay, decayAll, clip, microBatchTokens,
+        return new TrainerOptions(value, beta1, beta2, epsilon, weightDecay, decayAll, moments, clip, microBatchTokens,
                 activationBudget, logitBytes);
     }
 
@@ -58,30 +66,36 @@ public record TrainerOptions(LearningRate lr, double beta1, double beta2, double
 
     /** {@return these options with other decays of AdamW's moments} */
     public TrainerOptions betas(double first, double second) {
-        return new TrainerOptions(lr, first, second, epsilon, weightDecay, decayAll, clip, microBatchTokens,
+        return new TrainerOptions(lr, first, second, epsilon, weightDecay, decayAll, moments, clip, microBatchTokens,
                 activationBudget, logitBytes);
     }
 
     /** {@return these options with weight decay, of matrices only or of everything} */
     public TrainerOptions weightDecay(double value, boolean everything) {
-        return new TrainerOptions(lr, beta1, beta2, epsilon, value, everything, clip, microBatchTokens,
+        return new TrainerOptions(lr, beta1, beta2, epsilon, value, everything, moments, clip, microBatchTokens,
+                activationBudget, logitBytes);
+    }
+
+    /** {@return these options with AdamW's moments in FLOAT32 or BFLOAT16} */
+    public TrainerOptions moments(DType value) {
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, value, clip, microBatchTokens,
                 activationBudget, logitBytes);
     }
 
     /** {@return these options with another bound of the gradient norm} */
     public TrainerOptions clip(double value) {
-        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, value, microBatchTokens,
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, moments, value, microBatchTokens,
                 activationBudget, logitBytes);
     }
 
     /** {@return these options with another micro-batch size} */
     public TrainerOptions microBatchTokens(int value) {
-        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, clip, value, activationBudget, logitBytes);
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, moments, clip, value, activationBudget, logitBytes);
     }
 
     /** {@return these options with other bounds of what is kept in memory} */
     public TrainerOptions memory(long activations, long logits) {
-        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, clip, microBatchTokens, activations, logits);
+        return new TrainerOptions(lr, beta1, beta2, epsilon, weightDecay, decayAll, moments, clip, microBatchTokens, activations, logits);
     }
 
     boolean decays(boolean matrix) {

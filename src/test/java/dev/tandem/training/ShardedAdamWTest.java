@@ -1,0 +1,129 @@
+package dev.tandem.training;
+
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.parallel.Ranks;
+import dev.tandem.testing.NativeObjects;
+import dev.tandem.testing.TinyModels;
+import java.lang.foreign.ValueLayout;
+import java.time.Duration;
+import java.util.ArrayList;
+import java.util.Arrays;
+import java.util.List;
+import java.util.Random;
+import java.util.SplittableRandom;
+import java.util.stream.IntStream;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.extension.ExtendWith;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.EnumSource;
+
+@ExtendWith(NativeObjects.class)
+class ShardedAdamWTest {
+    /** The loss for each token that a small model has of four sequences after 150 steps. */
+    private static double trained(DType weights, DType moments, int ranks) {
+        List<TrainingSequence> batch = new ArrayList<>();
+        for (int i = 0; i < 4; i++) {
+            int step = 7 + 2 * i;
+            batch.add(TrainingSequence.of(IntStream.range(0, 24).map(t -> 3 + step * t % 59).toArray(), 1, 1f / 92));
+        }
+        TrainerOptions options = TrainerOptions.defaults().lr(5e-3).betas(0.9, 0.999).weightDecay(0.01, false).moments(moments);
+        List<Device> devices = IntStream.range(0, ranks).mapToObj(Device::cpu).toList();
+        try (Ranks group = new Ranks(devices, Duration.ofSeconds(20));
+                RankModel model = new RankModel(TinyModels.llama(), group, weights, options, arena -> arena.initialize(1, 0.1))) {
+            double loss = 0;
+            for (int i = 0; i < 150; i++) {
+                loss = model.trainer.step(batch, t -> t.logprob().mul(t.weight()).sum().neg(), 1).loss();
+            }
+            return loss;
+        }
+    }
+
+    @ParameterizedTest
+    @EnumSource(value = DType.class, names = {"FLOAT32", "BFLOAT16"})
+    void roundedMomentsTrainAsWell(DType weights) {
+        double exact = trained(weights, DType.FLOAT32, 1);
+        double rounded = trained(weights, DType.BFLOAT16, 1);
+        double shared = trained(weights, DType.BFLOAT16, 2);
+        System.out.printf("%s weights: loss %.4f with FLOAT32 moments, %.4f with BFLOAT16 moments, %.4f on two ranks%n", weights, exact,
+                rounded, shared);
+        assertTrue(exact < 0.5, "loss " + exact);
+        assertEquals(exact, rounded, 0.1 * exact);
+        assertEquals(exact, shared, 0.1 * exact);
+        assertEquals(rounded, trained(weights, DType.BFLOAT16, 1), "the same bits again");
+    }
+
+    /** What RandomRounding makes of moments that begin at an element. */
+    private static short[][] rounded(float[] first, float[] second, long seed, long step, long element) {
+        try (Scope scope = Scope.open()) {
+            Tensor kept = Tensor.empty(Device.cpu(), DType.BFLOAT16, 2, first.length);
+            new RandomRounding(seed, step).round(Tensor.of(Device.cpu(), first), Tensor.of(Device.cpu(), second), kept.select(0, 0),
+                    kept.select(0, 1), element);
+            return new short[][] {kept.select(0, 0).memory().toArray(ValueLayout.JAVA_SHORT),
+                    kept.select(0, 1).memory().toArray(ValueLayout.JAVA_SHORT)};
+        }
+    }
+
+    @Test
+    void roundingKeepsTheMean() {
+        int n = 1_000_000;
+        Random random = new Random(4);
+        float[] first = new float[n];
+        float[] second = new float[n];
+        for (int i = 0; i < n; i++) {
+            first[i] = (float) (random.nextGaussian() * Math.exp(-20 * random.nextDouble()));
+            second[i] = (float) Math.exp(-40 * random.nextDouble());
+        }
+        for (long[] seedStepElement : new long[][] {{0, 1, 0}, {-7, 1_000_000, (1L << 34) + 3}}) {
+            short[][] kept = rounded(first, second, seedStepElement[0], seedStepElement[1], seedStepElement[2]);
+            for (float[] exact : List.of(first, second)) {
+                short[] found = kept[exact == first ? 0 : 1];
+                double sum = 0;
+                for (int i = 0; i < n; i++) {
+                    int below = Float.floatToRawIntBits(exact[i]) >>> 16;
+                    assertTrue(found[i] == (short) below || found[i] == (short) (below + 1), "a neighbour");
+                    double unit = Math.scalb(1.0, Math.getExponent(exact[i]) - 7);
+                    sum += (Float.intBitsToFloat(found[i] << 16) - exact[i]) / unit;
+                }
+                // In units of the last place kept, errors have mean 0 and at most 1/2 as deviation.
+                assertTrue(Math.abs(sum / n) < 5 * 0.5 / Math.sqrt(n), "mean error " + sum / n);
+            }
+        }
+    }
+
+    private static long mix(long word) {
+        return new SplittableRandom(word).nextLong();
+    }
+
+    @Test
+    void noiseIsAFunctionOfSeedStepAndElement() {
+        float[] values = new float[1000];
+        for (int i = 0; i < values.length; i++) {
+            values[i] = (i - 500) * 1.2345678e-4f;
+        }
+        values[3] = Float.POSITIVE_INFINITY;
+        values[4] = Float.NaN;
+        long element = (1L << 40) + 5;
+        short[][] kept = rounded(values, values, 11, 17, element);
+        for (int i = 0; i < values.length; i++) {
+            int noise = (int) mix(mix(mix(11) ^ 17) ^ (element + i));
+            int bits = Float.floatToRawIntBits(values[i]);
+            assertEquals((short) ((Float.isFinite(values[i]) ? bits + (noise & 0xffff) : bits) >>> 16), kept[0][i]);
+            assertEquals((short) ((Float.isFinite(values[i]) ? bits + (noise >>> 16) : bits) >>> 16), kept[1][i]);
+        }
+        assertArrayEquals(kept, rounded(values, values, 11, 17, element));
+        short[][] rest = rounded(Arrays.copyOfRange(values, 300, 1000), new float[700], 11, 17, element + 300);
+        assertArrayEquals(Arrays.copyOfRange(kept[0], 300, 1000), rest[0]);
+        for (short[][] other : List.of(rounded(values, values, 12, 17, element), rounded(values, values, 11, 18, element),
+                rounded(values, values, 11, 17, element + 1))) {
+            int same = (int) IntStream.range(0, values.length).filter(i -> other[0][i] == kept[0][i]).count();
+            assertTrue(same < 900, same + " of 1000 alike");
+        }
+    }
+}
