@@ -19,11 +19,14 @@ import java.util.Map;
  * @param generation bytes of each use in the generation phase
  * @param training bytes of each use in the training phase
  * @param kvBlocks KV pages that the generation phase has room for
- * @param parked bytes of optimizer state that wait in page-locked host memory during the generation phase
+ * @param hostGroups of how many groups, from the arena's first, a GPU's optimizer state stays in page-locked host memory
+ * @param hostOptimizer bytes of that
+ * @param parked bytes of the device's optimizer state that wait in page-locked host memory during the generation phase
+ * @param hostLimit most bytes that the rank may hold in host memory beside a GPU's
  * @param activationBudget bytes of activations that training keeps rather than computes again
  */
-public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, long parked,
-        long activationBudget) {
+public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, int hostGroups,
+        long hostOptimizer, long parked, long hostLimit, long activationBudget) {
     /** A rank that is told nothing takes this share of the available memory. */
     private static final double SHARE = 0.8;
 
@@ -39,9 +42,19 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
      * @throws TandemException with the table when not even generation fits
      */
     static MemoryPlan of(ModelConfig config, EngineOptions options) {
+        long available = options.devices().stream().mapToLong(DeviceMemory::available).min().orElseThrow();
+        return of(config, options, available, ProcessMemory.available());
+    }
+
+    /**
+     * Plans as {@link #of(ModelConfig, EngineOptions)}.
+     *
+     * @param available bytes that each device has available
+     * @param host bytes that the machine has available
+     */
+    static MemoryPlan of(ModelConfig config, EngineOptions options, long available, long host) {
         int ranks = options.devices().size();
         WeightLayout layout = new WeightLayout(config, ranks);
-        long available = options.devices().stream().mapToLong(DeviceMemory::available).min().orElseThrow();
         boolean shared = options.devices().getFirst().isCpu();
         long limit = options.memoryLimit() > 0
                 ? options.memoryLimit()
@@ -58,13 +71,14 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         training.put(Use.ACTIVATIONS, needs.activations());
         training.put(Use.WORKSPACE, buffers);
 
-        boolean trains = total(training) <= limit;
+        long hostLimit = host / ranks;
+        boolean trains = total(training) <= limit && needs.hostOptimizer() <= hostLimit;
         long blockBytes = Generator.blockBytes(config, options.dtype(), options.generation());
         long useful = useful(config, options, blockBytes);
         long room = limit - weights - workspace;
         long beside = room - (trains ? needs.optimizer() : 0);
         boolean parks = trains && !shared && beside < (options.kvBytes() > 0 ? options.kvBytes() : comfortable(options, useful, blockBytes))
-                && needs.optimizer() * ranks < ProcessMemory.available();
+                && needs.hostOptimizer() + needs.optimizer() < hostLimit;
         long parked = parks ? needs.optimizer() : 0;
         Map<Use, Long> generation = new EnumMap<>(Use.class);
         generation.put(Use.WEIGHTS, weights);
@@ -75,7 +89,8 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
                 : Math.min(shared ? Math.min(DEFAULT_KV_BYTES, useful) : useful, parks ? room : beside);
         int blocks = (int) Math.clamp(kv / blockBytes, 0, Integer.MAX_VALUE - 8);
         generation.put(Use.KV, Math.max(blocks, 2) * blockBytes);
-        MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks, parked, needs.activationBudget());
+        MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks, needs.hostGroups(), needs.hostOptimizer(), parked, hostLimit,
+                needs.activationBudget());
         if (blocks < 2 || total(generation) > limit) {
             throw new TandemException("generation does not fit into %.1f MiB a rank:%n%s".formatted(limit / 0x1p20, plan));
         }
@@ -87,6 +102,11 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         if (total(training) > limit) {
             throw new TandemException("training does not fit into %.1f MiB a rank: %.1f MiB are missing%n%s"
                     .formatted(limit / 0x1p20, (total(training) - limit) / 0x1p20, this));
+        }
+        if (hostOptimizer > hostLimit) {
+            throw new TandemException(("training needs %.1f MiB of host memory a rank, for the optimizer state of %d groups that has no "
+                    + "room on the device; %.1f MiB are available%n%s")
+                    .formatted(hostOptimizer / 0x1p20, hostGroups, hostLimit / 0x1p20, this));
         }
     }
 
@@ -126,10 +146,13 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
                 text.append("%-12s %12.1f %12.1f%n".formatted(use, g / 0x1p20, t / 0x1p20));
             }
         }
-        if (parked > 0) {
-            text.append("%-12s %12.1f %12s   optimizer state, in host memory%n".formatted("parked", parked / 0x1p20, ""));
+        text.append("%-12s %12.1f %12.1f   limit %.1f".formatted(
+                "total", generationBytes() / 0x1p20, trainingBytes() / 0x1p20, limit / 0x1p20));
+        if (hostOptimizer + parked > 0) {
+            text.append("%n%-12s %12.1f %12.1f   limit %.1f: optimizer state of %s groups while training%s".formatted("on the host",
+                    (hostOptimizer + parked) / 0x1p20, hostOptimizer / 0x1p20, hostLimit / 0x1p20, hostGroups == 0 ? "no" : hostGroups,
+                    parked > 0 ? ", of all while generating" : ""));
         }
-        return text.append("%-12s %12.1f %12.1f   limit %.1f".formatted(
-                "total", generationBytes() / 0x1p20, trainingBytes() / 0x1p20, limit / 0x1p20)).toString();
+        return text.toString();
     }
 }

@@ -46,7 +46,7 @@ public final class ModelRank implements AutoCloseable {
             made.push(generator::close);
             trainer = new RankTrainer(arena, decoder, rank.collectives(), memory,
                     options.training().memory(plan.activationBudget(), options.training().logitBytes()), options.seed(),
-                    plan.parked() > 0);
+                    plan.hostGroups(), plan.parked() > 0);
         } catch (RuntimeException | Error e) {
             made.forEach(Runnable::run);
             throw e;

@@ -125,6 +125,27 @@ class CudaFaultTest {
         }
     }
 
+    /** So little memory that half of the optimizer's state has no room on the device. */
+    @Test
+    void anOptimizerThatDoesNotFitTrainsTheSame() {
+        ModelConfig config = TinyModels.published("qwen3");
+        EngineOptions roomy = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16)).kvBytes(64 << 20);
+        roomy = roomy.training(roomy.training().lr(1e-3).memory(0, 64 << 20));
+        MemoryPlan plan = MemoryPlan.of(config, roomy);
+        long optimizer = plan.training().get(Use.OPTIMIZER);
+        List<TrainingSequence> batch = List.of(TrainingSequence.of(IntStream.range(0, 200).toArray(), 1, 1));
+        try (HybridEngine resident = HybridEngine.create(config, null, roomy);
+                HybridEngine shared = HybridEngine.create(config, null, roomy.memoryLimit(plan.trainingBytes() - optimizer / 2))) {
+            assertEquals(0, resident.plan().hostGroups());
+            assertEquals(2, shared.plan().hostGroups(), shared.plan().toString());
+            for (int i = 0; i < 4; i++) {
+                assertEquals(resident.train(batch).loss(), shared.train(batch).loss(), 2e-3, "step " + i);
+                assertEquals(optimizer - shared.plan().hostOptimizer(), held(shared));
+                assertArrayEquals(said(resident), said(shared), "after step " + i);
+            }
+        }
+    }
+
     private static long held(HybridEngine engine) {
         return engine.onEachRank(rank -> rank.memory().held(Use.OPTIMIZER)).getFirst();
     }

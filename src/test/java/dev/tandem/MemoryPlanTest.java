@@ -1,13 +1,17 @@
 package dev.tandem;
 
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import dev.tandem.device.DType;
+import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory.Use;
+import dev.tandem.device.TandemException;
 import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.WeightLayout;
+import dev.tandem.testing.TinyModels;
 import dev.tandem.training.TrainerOptions;
 import java.util.List;
 import org.junit.jupiter.api.Test;
@@ -53,5 +57,71 @@ class MemoryPlanTest {
             assertEquals(masters + 4 * weights,
                     MemoryPlan.of(CONFIG, options.dtype(dtype).training(rounded)).training().get(Use.OPTIMIZER));
         }
+    }
+
+    private static final long GIB = 1L << 30;
+
+    /** As Qwen3-0.6B and Qwen3-8B are published. */
+    private static ModelConfig qwen3(boolean large) {
+        return TinyModels.of("""
+                {"model_type":"qwen3","hidden_size":%d,"num_hidden_layers":%d,"num_attention_heads":%d,"num_key_value_heads":8,
+                 "head_dim":128,"intermediate_size":%d,"vocab_size":151936,"tie_word_embeddings":%b,"max_position_embeddings":4096,
+                 "rope_theta":1000000.0,"rms_norm_eps":1e-6}""".formatted(
+                large ? 4096 : 1024, large ? 36 : 28, large ? 32 : 16, large ? 12288 : 3072, !large));
+    }
+
+    /** The plan for a GPU of 139 GiB, of which a limit of 0 leaves it to the plan to take a share. */
+    private static MemoryPlan onGpu(ModelConfig config, long limit, long host, long kvBytes, TrainerOptions training) {
+        EngineOptions options = EngineOptions.defaults().devices(Device.cuda(0)).dtype(DType.BFLOAT16).memoryLimit(limit).kvBytes(kvBytes)
+                .generation(GeneratorOptions.forGpu()).training(training);
+        return MemoryPlan.of(config, options, 139 * GIB, host);
+    }
+
+    private static TrainerOptions gpuTraining() {
+        return TrainerOptions.defaults().microBatchTokens(8192).memory(TrainerOptions.ALL_THAT_FITS, GIB);
+    }
+
+    /** Activations give way first, then as many groups' optimizer state as must. */
+    @Test
+    void optimizerStateThatDoesNotFitStaysOnTheHost() {
+        ModelConfig config = qwen3(true);
+        WeightLayout layout = new WeightLayout(config, 1);
+        long least = onGpu(config, 200 * GIB, 128 * GIB, 0, gpuTraining().memory(0, GIB)).training().get(Use.ACTIVATIONS);
+        int[] expected = {0, 0, 0, 1, 14, 19, 38};
+        long[] limits = {200 * GIB, 160 * GIB, 146 * GIB, 139 * GIB, 0, 100 * GIB, 60 * GIB};
+        for (int i = 0; i < limits.length; i++) {
+            MemoryPlan plan = onGpu(config, limits[i], 128 * GIB, 0, gpuTraining());
+            plan.requireTraining();
+            int groups = plan.hostGroups();
+            assertEquals(expected[i], groups, plan.toString());
+            assertTrue(plan.trainingBytes() <= plan.limit() && plan.generationBytes() <= plan.limit(), plan.toString());
+            assertEquals(12 * layout.groupOffset(groups), plan.hostOptimizer());
+            assertEquals(12 * layout.length(), plan.training().get(Use.OPTIMIZER) + plan.hostOptimizer());
+            if (groups > 0) {
+                long last = 12 * (layout.groupOffset(groups) - layout.groupOffset(groups - 1));
+                long fixed = plan.trainingBytes() - plan.training().get(Use.ACTIVATIONS);
+                assertTrue(fixed + least + last > plan.limit(), "one fewer fits: " + plan);
+                assertTrue(plan.toString().contains("optimizer state of " + groups + " groups while training"), plan.toString());
+            }
+        }
+        assertEquals(0, onGpu(config, 139 * GIB, 128 * GIB, 0, gpuTraining().moments(DType.BFLOAT16)).hostGroups());
+        assertEquals(0, onGpu(qwen3(false), 0, 128 * GIB, 0, gpuTraining()).hostGroups());
+        TandemException e = assertThrows(TandemException.class, onGpu(config, 40 * GIB, 128 * GIB, 0, gpuTraining())::requireTraining);
+        assertTrue(e.getMessage().contains("training does not fit"), e.getMessage());
+    }
+
+    @Test
+    void hostMemoryIsPlannedToo() {
+        MemoryPlan little = onGpu(qwen3(true), 100 * GIB, 20 * GIB, 0, gpuTraining());
+        TandemException e = assertThrows(TandemException.class, little::requireTraining);
+        assertTrue(e.getMessage().contains("host memory") && e.getMessage().contains("19 groups")
+                && e.getMessage().contains("20480.0 MiB are available"), e.getMessage());
+        assertEquals(0, little.generation().get(Use.OPTIMIZER));
+        // A large KV cache: what is on the device while training waits beside what is not.
+        MemoryPlan parked = onGpu(qwen3(true), 100 * GIB, 128 * GIB, 60 * GIB, gpuTraining());
+        assertEquals(19, parked.hostGroups());
+        assertEquals(parked.training().get(Use.OPTIMIZER), parked.parked());
+        assertEquals(0, parked.generation().get(Use.OPTIMIZER));
+        assertTrue(parked.toString().contains("of 19 groups while training, of all while generating"), parked.toString());
     }
 }

@@ -70,6 +70,8 @@ final class CudaDriver {
     private static final MethodHandle DESTROY_GRAPH = function("cuGraphDestroy", JAVA_LONG);
     private static final MethodHandle DESTROY_EXECUTABLE = function("cuGraphExecDestroy", JAVA_LONG);
 
+    private static final MethodHandle CREATE_STREAM = function("cuStreamCreate", ADDRESS, JAVA_INT);
+    private static final MethodHandle DESTROY_STREAM = function("cuStreamDestroy_v2", JAVA_LONG);
     private static final MethodHandle SYNCHRONIZE_STREAM = function("cuStreamSynchronize", JAVA_LONG);
     private static final MethodHandle CREATE_EVENT = function("cuEventCreate", ADDRESS, JAVA_INT);
     private static final MethodHandle RECORD_EVENT = function("cuEventRecord", JAVA_LONG, JAVA_LONG);
@@ -386,6 +388,25 @@ final class CudaDriver {
     static void destroyExecutable(long executable) {
         try {
             check("cuGraphExecDestroy", (int) DESTROY_EXECUTABLE.invokeExact(executable));
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** {@return a stream that does not wait for the default stream} */
+    static long createStream() {
+        try (Arena arena = Arena.ofConfined()) {
+            MemorySegment out = arena.allocate(JAVA_LONG);
+            check("cuStreamCreate", (int) CREATE_STREAM.invokeExact(out, 1));
+            return out.get(JAVA_LONG, 0);
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    static void destroyStream(long stream) {
+        try {
+            check("cuStreamDestroy", (int) DESTROY_STREAM.invokeExact(stream));
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }

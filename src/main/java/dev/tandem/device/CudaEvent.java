@@ -1,6 +1,6 @@
 package dev.tandem.device;
 
-/** A mark in a stream's work that the host can wait for. The owner closes it. */
+/** A mark in a stream's work that the host, or another stream, can wait for. The owner closes it. */
 public final class CudaEvent implements AutoCloseable {
     private final Device device;
     private final long event;
@@ -26,6 +26,10 @@ public final class CudaEvent implements AutoCloseable {
     /** {@return milliseconds on the device between an earlier mark and this one, both of timed events that have been reached} */
     public float millisecondsSince(CudaEvent start) {
         return CudaDriver.elapsed(start.event, event);
+    }
+
+    long handle() {
+        return event;
     }
 
     @Override

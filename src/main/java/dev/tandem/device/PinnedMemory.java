@@ -7,10 +7,18 @@ public final class PinnedMemory implements AutoCloseable {
     private final MemorySegment memory;
     private boolean closed;
 
-    /** Allocates memory; what it holds at first is not defined. */
+    /**
+     * Allocates memory; what it holds at first is not defined.
+     *
+     * @throws TandemException when the machine does not have that much
+     */
     public PinnedMemory(Device device, long bytes) {
         Cuda.use(device);
-        memory = MemorySegment.ofAddress(CudaDriver.allocatePinned(bytes)).reinterpret(bytes);
+        try {
+            memory = MemorySegment.ofAddress(CudaDriver.allocatePinned(bytes)).reinterpret(bytes);
+        } catch (CudaException e) {
+            throw new TandemException("%.1f MiB of page-locked host memory cannot be had: %s".formatted(bytes / 0x1p20, e.getMessage()), e);
+        }
     }
 
     /** {@return the memory, to read and write} */

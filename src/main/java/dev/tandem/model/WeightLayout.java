@@ -150,6 +150,16 @@ public final class WeightLayout {
         return groups.getLast().length();
     }
 
+    /** {@return the number of groups} */
+    public int groupCount() {
+        return groups.size();
+    }
+
+    /** {@return where a group begins in the arena, in elements; for the number after the last, the arena's length} */
+    public long groupOffset(int group) {
+        return group == groups.size() ? length : groups.get(group).offset();
+    }
+
     List<Place> places() {
         return places;
     }

@@ -7,31 +7,46 @@ import dev.tandem.model.WeightLayout;
 /**
  * The bytes that training holds on each rank beside the weights.
  *
- * @param optimizer moments, and masters in a bfloat16 arena: these stay between training phases
+ * <p>Where not all fits on a GPU, activations give way first: they are computed again. Then optimizer state does, group by group from the
+ * arena's first: it stays in host memory, and every step copies it to the device and back.
+ *
+ * @param optimizer moments, and masters in a bfloat16 arena, that are on the device: these stay between training phases
+ * @param hostGroups of how many groups the optimizer state stays in host memory
+ * @param hostOptimizer bytes of that
  * @param gradients the rank's slice, and the buckets that are being reduced
- * @param activations of one micro-batch
+ * @param activations of one micro-batch; or, if these are more, the buffers through which the host's optimizer state passes
  * @param activationBudget bytes of activations that are kept rather than computed again
  */
-public record MemoryNeeds(long optimizer, long gradients, long activations, long activationBudget) {
+public record MemoryNeeds(long optimizer, int hostGroups, long hostOptimizer, long gradients, long activations, long activationBudget) {
     /**
      * {@return the needs of a rank}
      *
      * @param room bytes that it may hold beside its weights and the generator's buffers
      */
     public static MemoryNeeds of(WeightLayout layout, DType dtype, Device device, TrainerOptions options, long room) {
-        long slice = layout.length() / layout.shards() * Float.BYTES;
+        long slice = layout.length() / layout.shards();
         long buckets = ManualModel.obstacle(layout.config(), dtype, device) == null
                 ? ManualModel.bucketBytes(layout)
                 : LayerwiseModel.bucketBytes(layout, dtype);
         int tokens = options.microBatchTokens();
-        long optimizer = OptimizerLayout.of(layout.length() / layout.shards(), dtype, options).bytes();
-        long gradients = slice + buckets;
+        long gradients = slice * Float.BYTES + buckets;
         ActivationMemory memory = new ActivationMemory(layout.config(), dtype, device, options);
-        long budget = options.activationBudget() == TrainerOptions.ALL_THAT_FITS
-                ? memory.budgetWithin(room - optimizer - gradients, tokens)
-                : options.activationBudget();
+        boolean flexible = options.activationBudget() == TrainerOptions.ALL_THAT_FITS;
+        long least = memory.bytes(tokens, flexible ? 0 : memory.recordedLayers(tokens));
+        int hostGroups = 0;
+        OptimizerLayout onHost = OptimizerLayout.of(0, dtype, options);
+        OptimizerLayout onDevice = OptimizerLayout.of(slice, dtype, options);
+        while (onDevice.bytes() + gradients + Math.max(least, HostState.bufferBytes(onHost)) > room
+                && hostGroups < layout.groupCount() && !device.isCpu()) {
+            hostGroups++;
+            long elements = layout.groupOffset(hostGroups) / layout.shards();
+            onHost = OptimizerLayout.of(elements, dtype, options);
+            onDevice = OptimizerLayout.of(slice - elements, dtype, options);
+        }
+        long budget = flexible ? memory.budgetWithin(room - onDevice.bytes() - gradients, tokens) : options.activationBudget();
         int recorded = new ActivationMemory(layout.config(), dtype, device, options.memory(budget, options.logitBytes()))
                 .recordedLayers(tokens);
-        return new MemoryNeeds(optimizer, gradients, memory.bytes(tokens, recorded), budget);
+        long activations = Math.max(memory.bytes(tokens, recorded), HostState.bufferBytes(onHost));
+        return new MemoryNeeds(onDevice.bytes(), hostGroups, onHost.bytes(), gradients, activations, budget);
     }
 }

@@ -33,10 +33,11 @@ final class OptimizerKernels implements AutoCloseable {
     private final Kernel squares;
     private final Kernel normAndScale;
     private final Kernel adamw;
+    private final Kernel adamwAfterCopy;
     private final int residentBlocks;
     private final Tensor partial;
     /** The kernel's StepState. */
-    private final Tensor state;
+    private final Tensor stepState;
 
     /** @param seed of the random bits by which BFLOAT16 moments are rounded */
     OptimizerKernels(Device device, DType weights, TrainerOptions options, long seed) {
@@ -48,11 +49,12 @@ final class OptimizerKernels implements AutoCloseable {
         squares = module.kernel("squares");
         normAndScale = module.kernel("normAndScale");
         adamw = module.kernel("adamw");
+        adamwAfterCopy = adamw.afterPredecessor();
         int multiprocessors = Cuda.multiprocessors(device);
         residentBlocks = multiprocessors * adamw.residentBlocks(THREADS, 0);
         try (Scope scope = Scope.open()) {
             partial = Tensor.zeros(device, DType.FLOAT64, (long) multiprocessors * PARTS_PER_MULTIPROCESSOR).keep();
-            state = Tensor.zeros(device, DType.INT32, STATE_BYTES / 4).keep();
+            stepState = Tensor.zeros(device, DType.INT32, STATE_BYTES / 4).keep();
         }
     }
 
@@ -65,27 +67,35 @@ final class OptimizerKernels implements AutoCloseable {
         int parts = Math.toIntExact(partial.elements());
         squares.launch(device, Grid.of(parts, THREADS), gradients.address(), gradients.elements(), partial.address(), parts);
         collectives.allReduce(partial);
-        normAndScale.launch(device, Grid.of(1, THREADS), partial.address(), parts, options.clip(), loss.address(), state.address());
+        normAndScale.launch(device, Grid.of(1, THREADS), partial.address(), parts, options.clip(), loss.address(), stepState.address());
     }
 
     /**
-     * Updates a run of weights. The first five are addresses.
+     * Updates a run of weights.
      *
-     * @param master 0 where the weights are FLOAT32
-     * @param element the number of the first weight in the model
+     * @param gradient address of its gradients
+     * @param state address of a state
+     * @param layout of that state
+     * @param at the run's first element in it
+     * @param copied whether the state has just been copied there, and is copied from there next
+     * @param weights address of the weights
+     * @param count elements of the run
+     * @param element the number of the first one in the model
      * @param decays whether weight decay applies
      */
-    void update(long gradient, long first, long second, long master, long weights, long count, long element, double lr, boolean decays) {
+    void update(long gradient, long state, OptimizerLayout layout, long at, boolean copied, long weights, long count, long element,
+            double lr, boolean decays) {
         int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, residentBlocks);
         double decay = options.decays(decays) ? options.weightDecay() : 0;
-        adamw.launch(device, Grid.of(blocks, THREADS), gradient, first, second, master, weights, count, lr, options.beta1(),
-                options.beta2(), options.epsilon(), decay, 0, seed, element, state.address());
+        (copied ? adamwAfterCopy : adamw).launch(device, Grid.of(blocks, THREADS), gradient, state + layout.first(at),
+                state + layout.second(at), layout.masters() ? state + layout.master(at) : 0L, weights, count, lr, options.beta1(),
+                options.beta2(), options.epsilon(), decay, 0, seed, element, stepState.address());
     }
 
     /** {@return what the step that was begun last has come to; waits for it} */
     RankTrainer.Outcome outcome(double loss) {
         try (Scope scope = Scope.open()) {
-            MemorySegment found = state.on(Device.cpu()).memory();
+            MemorySegment found = stepState.on(Device.cpu()).memory();
             return new RankTrainer.Outcome(loss, found.get(ValueLayout.JAVA_FLOAT, NORM), found.get(ValueLayout.JAVA_INT, APPLIED) != 0);
         }
     }
@@ -94,6 +104,6 @@ final class OptimizerKernels implements AutoCloseable {
     public void close() {
         module.close();
         partial.close();
-        state.close();
+        stepState.close();
     }
 }

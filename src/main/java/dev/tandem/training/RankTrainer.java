@@ -20,6 +20,7 @@ public final class RankTrainer implements AutoCloseable {
     private final DeviceMemory memory;
     private final TrainerOptions options;
     private final long seed;
+    private final int hostGroups;
     private final boolean parks;
     private final TrainingModel model;
     private final GradientShard gradients;
@@ -31,11 +32,13 @@ public final class RankTrainer implements AutoCloseable {
      * @param collectives of this rank
      * @param memory the device's ledger
      * @param seed of the random bits by which BFLOAT16 moments are rounded
-     * @param parks whether a GPU's optimizer state waits in host memory while {@link #rest resting}
+     * @param hostGroups of how many groups a GPU's optimizer state stays in host memory
+     * @param parks whether the rest of it waits in host memory while {@link #rest resting}
      */
     public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options,
-            long seed, boolean parks) {
+            long seed, int hostGroups, boolean parks) {
         this.seed = seed;
+        this.hostGroups = hostGroups;
         this.parks = parks;
         this.arena = arena;
         this.collectives = collectives;
@@ -111,7 +114,7 @@ public final class RankTrainer implements AutoCloseable {
     private ShardedAdamW optimizer() {
         ShardedAdamW current = optimizer;
         if (current == null) {
-            current = new ShardedAdamW(arena, collectives, memory, options, seed);
+            current = new ShardedAdamW(arena, collectives, memory, options, seed, hostGroups);
             optimizer = current;
         }
         return current;

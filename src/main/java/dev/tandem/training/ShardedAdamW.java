@@ -24,12 +24,14 @@ import org.jspecify.annotations.Nullable;
  * step reads and writes each number about once; on a GPU it is one pass of {@link OptimizerKernels}. All memory is taken before the first
  * weight is written: a step that runs out of memory has changed nothing.
  *
- * <p>The state of a GPU's slice can be parked: {@link #park} moves it to page-locked host memory, and whatever needs it next brings it
+ * <p>What a GPU has no room for, the state of the arena's first groups, stays in host memory and passes through the device in each step
+ * ({@link HostState}). The rest can be parked: {@link #park} moves it to page-locked host memory, and whatever needs it next brings it
  * back.
  *
  * <p>Confined to the rank's thread. The owner closes it.
  */
 final class ShardedAdamW implements AutoCloseable {
+    private static final System.Logger LOG = System.getLogger(ShardedAdamW.class.getName());
     private static final long CHUNK = 1 << 16;
 
     private final WeightArena arena;
@@ -37,6 +39,10 @@ final class ShardedAdamW implements AutoCloseable {
     private final DeviceMemory memory;
     private final TrainerOptions options;
     private final long seed;
+    /** How many elements of the slice have their state on the host; those after them have it on the device. */
+    private final long hostElements;
+    private final @Nullable HostState host;
+    /** Of the state that is on the device. */
     private final OptimizerLayout layout;
     private final @Nullable OptimizerKernels kernels;
     /** As {@link #layout} says; null while parked. */
@@ -46,17 +52,33 @@ final class ShardedAdamW implements AutoCloseable {
     /** Updates applied so far on the CPU; a GPU counts its own. */
     private long steps;
 
-    /** @param seed of the random bits by which BFLOAT16 moments are rounded */
-    ShardedAdamW(WeightArena arena, Collectives collectives, DeviceMemory memory, TrainerOptions options, long seed) {
+    /**
+     * @param seed of the random bits by which BFLOAT16 moments are rounded
+     * @param hostGroups of how many groups, from the first, a GPU's state stays in host memory
+     */
+    ShardedAdamW(WeightArena arena, Collectives collectives, DeviceMemory memory, TrainerOptions options, long seed, int hostGroups) {
         this.arena = arena;
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
         this.seed = seed;
-        layout = OptimizerLayout.of(arena.layout().length() / collectives.size(), arena.dtype(), options);
-        kernels = memory.device().isCpu() ? null : new OptimizerKernels(memory.device(), arena.dtype(), options, seed);
-        allocate().fillInPlace(0);
-        refreshMaster();
+        Device device = memory.device();
+        hostElements = arena.layout().groupOffset(hostGroups) / collectives.size();
+        layout = OptimizerLayout.of(arena.layout().length() / collectives.size() - hostElements, arena.dtype(), options);
+        OptimizerLayout onHost = OptimizerLayout.of(hostElements, arena.dtype(), options);
+        try {
+            kernels = device.isCpu() ? null : new OptimizerKernels(device, arena.dtype(), options, seed);
+            host = hostGroups == 0 ? null : new HostState(device, onHost);
+            allocate().fillInPlace(0);
+            refreshMaster();
+        } catch (RuntimeException | Error e) {
+            close();
+            throw e;
+        }
+        if (hostGroups > 0) {
+            LOG.log(System.Logger.Level.INFO, "{0}: the optimizer state of {1} of {2} groups, {3} MiB, stays in host memory; each step "
+                    + "copies it to the device and back", device, hostGroups, arena.groups().size(), onHost.bytes() >> 20);
+        }
     }
 
     private Tensor allocate() {
@@ -100,7 +122,12 @@ final class ShardedAdamW implements AutoCloseable {
         if (layout.masters()) {
             try (Scope scope = Scope.open()) {
                 for (WeightGroup group : arena.groups()) {
-                    present().narrow(0, offset(group), length(group)).copyInPlace(group.flat().narrow(0, start(group), length(group)));
+                    Tensor own = group.flat().narrow(0, start(group), length(group));
+                    if (host != null && offset(group) < hostElements) {
+                        host.refreshMasters(offset(group), own);
+                    } else {
+                        present().narrow(0, offset(group) - hostElements, length(group)).copyInPlace(own);
+                    }
                 }
             }
         }
@@ -129,14 +156,27 @@ final class ShardedAdamW implements AutoCloseable {
     }
 
     private RankTrainer.Outcome onDevice(OptimizerKernels on, GradientShard gradients, Tensor loss, double lr) {
-        long own = present().address();
+        Tensor resident = present();
+        if (host != null) {
+            host.begin();
+        }
         on.begin(gradients.all(), loss.to(DType.FLOAT32), collectives);
         for (WeightGroup group : arena.groups()) {
             group.runs(start(group), start(group) + length(group), (from, to, decays) -> {
                 long at = offset(group) + from - start(group);
-                on.update(gradients.all().address() + at * Float.BYTES, own + layout.first(at), own + layout.second(at),
-                        layout.masters() ? own + layout.master(at) : 0, group.flat().address() + from * arena.dtype().bytes(), to - from,
-                        group.offset() + from, lr, decays);
+                long gradient = gradients.all().address() + at * Float.BYTES;
+                long weights = group.flat().address() + from * arena.dtype().bytes();
+                if (host == null || at >= hostElements) {
+                    on.update(gradient, resident.address(), layout, at - hostElements, false, weights, to - from, group.offset() + from, lr,
+                            decays);
+                    return;
+                }
+                for (long done = 0; done < to - from; done += HostState.PIECE) {
+                    long n = Math.min(HostState.PIECE, to - from - done);
+                    on.update(gradient + done * Float.BYTES, host.fetch(at + done, n), host.piece(), 0, true,
+                            weights + done * arena.dtype().bytes(), n, group.offset() + from + done, lr, decays);
+                    host.putBack(at + done, n);
+                }
             });
             collectives.allGather(group.flat());
         }
@@ -223,6 +263,9 @@ final class ShardedAdamW implements AutoCloseable {
         }
         if (parkingPlace != null) {
             parkingPlace.close();
+        }
+        if (host != null) {
+            host.close();
         }
         if (kernels != null) {
             kernels.close();

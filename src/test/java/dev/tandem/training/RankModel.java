@@ -51,7 +51,7 @@ final class RankModel implements AutoCloseable {
         fill.accept(arena);
         Decoder decoder = new Decoder(config, rank.device(), dtype);
         DeviceMemory memory = new DeviceMemory(rank.device());
-        return new Parts(arena, decoder, memory, new RankTrainer(arena, decoder, rank.collectives(), memory, options, 1, false));
+        return new Parts(arena, decoder, memory, new RankTrainer(arena, decoder, rank.collectives(), memory, options, 1, 0, false));
     }
 
     @Override

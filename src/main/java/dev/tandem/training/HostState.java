@@ -1,0 +1,126 @@
+package dev.tandem.training;
+
+import dev.tandem.device.CudaEvent;
+import dev.tandem.device.CudaStream;
+import dev.tandem.device.DType;
+import dev.tandem.device.Device;
+import dev.tandem.device.PinnedMemory;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+
+/**
+ * The part of a GPU's optimizer state that stays in page-locked host memory. In each step, piece after piece of it is copied to the device,
+ * updated there, and copied back, in the manner of ZeRO-Offload (Ren et al. 2021) but with the update on the device.
+ *
+ * <p>Of two buffers one is filled, on a stream of its own, while the other's piece is updated and goes back on the thread's stream: the
+ * bus is busy in both directions, and the time of the update is all that is added to the copies'.
+ *
+ * <p>Confined to the rank's thread. The owner closes it.
+ */
+final class HostState implements AutoCloseable {
+    /** Most elements of a piece: parts of tens of megabytes are copied as fast as larger ones. */
+    static final long PIECE = 1 << 24;
+
+    private static final int BUFFERS = 2;
+
+    private final Device device;
+    private final OptimizerLayout layout;
+    private final OptimizerLayout piece;
+    private final PinnedMemory memory;
+    private final CudaStream arrivals;
+    private final CudaEvent[] arrived = new CudaEvent[BUFFERS];
+    private final CudaEvent[] returned = new CudaEvent[BUFFERS];
+    private final long[] buffers = new long[BUFFERS];
+    private int turn;
+
+    /** Allocates the state, all zero. */
+    HostState(Device device, OptimizerLayout layout) {
+        this.device = device;
+        this.layout = layout;
+        piece = piece(layout);
+        memory = new PinnedMemory(device, layout.bytes());
+        memory.segment().fill((byte) 0);
+        arrivals = CudaStream.create(device);
+        for (int i = 0; i < BUFFERS; i++) {
+            arrived[i] = new CudaEvent(device, false);
+            returned[i] = new CudaEvent(device, false);
+        }
+    }
+
+    private static OptimizerLayout piece(OptimizerLayout layout) {
+        return new OptimizerLayout(Math.min(PIECE, layout.elements()), layout.masters(), layout.moments());
+    }
+
+    /** {@return bytes of the device that a step takes while it lasts} */
+    static long bufferBytes(OptimizerLayout layout) {
+        return BUFFERS * piece(layout).bytes();
+    }
+
+    /** {@return how the state in a buffer lies} */
+    OptimizerLayout piece() {
+        return piece;
+    }
+
+    /** Takes buffers for a step, which belong to the innermost scope. */
+    void begin() {
+        CudaStream current = CudaStream.current(device);
+        for (int i = 0; i < BUFFERS; i++) {
+            buffers[i] = Tensor.empty(device, DType.FLOAT32, piece.bytes() / Float.BYTES).address();
+            current.record(returned[i]);
+        }
+    }
+
+    /**
+     * Copies a piece to a buffer.
+     *
+     * @param at its first element
+     * @param count its elements, at most {@link #PIECE}
+     * @return the buffer's address; what the thread launches next finds the piece there
+     */
+    long fetch(long at, long count) {
+        turn = (turn + 1) % BUFFERS;
+        arrivals.await(returned[turn]);
+        copy(arrivals, buffers[turn], piece, 0, memory.segment().address(), layout, at, count);
+        arrivals.record(arrived[turn]);
+        CudaStream.current(device).await(arrived[turn]);
+        return buffers[turn];
+    }
+
+    /** Copies the piece that was fetched last back, after what the thread has launched. */
+    void putBack(long at, long count) {
+        CudaStream current = CudaStream.current(device);
+        copy(current, memory.segment().address(), layout, at, buffers[turn], piece, 0, count);
+        current.record(returned[turn]);
+    }
+
+    private static void copy(CudaStream stream, long target, OptimizerLayout to, long toElement, long source, OptimizerLayout from,
+            long fromElement, long count) {
+        if (to.masters()) {
+            stream.copy(target + to.master(toElement), source + from.master(fromElement), count * Float.BYTES);
+        }
+        stream.copy(target + to.first(toElement), source + from.first(fromElement), count * to.moments().bytes());
+        stream.copy(target + to.second(toElement), source + from.second(fromElement), count * to.moments().bytes());
+    }
+
+    /** Takes masters from weights on the device, the first for the element {@code at}. */
+    void refreshMasters(long at, Tensor weights) {
+        CudaStream current = CudaStream.current(device);
+        for (long from = 0; from < weights.elements(); from += PIECE) {
+            long count = Math.min(PIECE, weights.elements() - from);
+            try (Scope scope = Scope.open()) {
+                Tensor masters = weights.narrow(0, from, count).to(DType.FLOAT32);
+                current.copy(memory.segment().address() + layout.master(at + from), masters.address(), count * Float.BYTES);
+            }
+        }
+    }
+
+    @Override
+    public void close() {
+        arrivals.close();
+        for (int i = 0; i < BUFFERS; i++) {
+            arrived[i].close();
+            returned[i].close();
+        }
+        memory.close();
+    }
+}
