@@ -25,13 +25,14 @@ public record PolicyUpdate(TrainStep step, PolicyStatistics statistics) {
         if (algorithm.loss().needsReference()) {
             sequences = withReference(sequences, engine.referenceLogprobs(sequences, rollout.temperature()));
         }
-        Statistics statistics = new Statistics();
-        TokenLoss loss = tokens -> {
-            statistics.add(PolicyStatistics.of(algorithm.loss(), tokens));
-            return algorithm.loss().loss(tokens);
-        };
-        TrainStep step = engine.train(sequences, loss, rollout.temperature());
-        return new PolicyUpdate(step, statistics.total);
+        try (Statistics statistics = new Statistics()) {
+            TokenLoss loss = tokens -> {
+                statistics.add(PolicyStatistics.measured(algorithm.loss(), tokens));
+                return algorithm.loss().loss(tokens);
+            };
+            TrainStep step = engine.train(sequences, loss, rollout.temperature());
+            return new PolicyUpdate(step, statistics.total());
+        }
     }
 
     private static List<TrainingSequence> withReference(List<TrainingSequence> sequences, float[][] reference) {
@@ -43,12 +44,21 @@ public record PolicyUpdate(TrainStep step, PolicyStatistics statistics) {
         return result;
     }
 
-    /** Sums over micro-batches, which several ranks compute at a time. */
-    private static final class Statistics {
-        private PolicyStatistics total = PolicyStatistics.NONE;
+    /** Of all micro-batches, which several ranks compute at a time; read when the step is over, so that no micro-batch waits for them. */
+    private static final class Statistics implements AutoCloseable {
+        private final List<PolicyStatistics.Pending> parts = new ArrayList<>();
 
-        synchronized void add(PolicyStatistics part) {
-            total = total.add(part);
+        synchronized void add(PolicyStatistics.Pending part) {
+            parts.add(part);
+        }
+
+        synchronized PolicyStatistics total() {
+            return parts.stream().map(PolicyStatistics.Pending::read).reduce(PolicyStatistics.NONE, PolicyStatistics::add);
+        }
+
+        @Override
+        public synchronized void close() {
+            parts.forEach(PolicyStatistics.Pending::close);
         }
     }
 }

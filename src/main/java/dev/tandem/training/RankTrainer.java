@@ -22,6 +22,7 @@ public final class RankTrainer implements AutoCloseable {
     private final boolean parks;
     private final TrainingModel model;
     private final GradientShard gradients;
+    private final BatchPacker packer;
     private @Nullable ShardedAdamW optimizer;
 
     /**
@@ -40,6 +41,7 @@ public final class RankTrainer implements AutoCloseable {
         this.options = options;
         model = model(arena, decoder);
         gradients = new GradientShard(arena.layout(), collectives, memory);
+        packer = new BatchPacker(memory.device());
     }
 
     private TrainingModel model(WeightArena weights, Decoder decoder) {
@@ -60,7 +62,7 @@ public final class RankTrainer implements AutoCloseable {
      */
     float[][] logprobs(List<TrainingSequence> sequences, @Nullable WeightArena other, double temperature) {
         try (Scope scope = Scope.open()) {
-            PackedBatch batch = PackedBatch.of(sequences, memory.device());
+            PackedBatch batch = packer.pack(List.of(sequences)).getFirst();
             float[] flat = model.forward(batch, other == null ? arena : other, temperature).logprob().toFloats();
             float[][] result = new float[sequences.size()][];
             int n = 0;
@@ -85,13 +87,12 @@ public final class RankTrainer implements AutoCloseable {
      */
     Outcome step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
         try (Scope step = Scope.open()) {
+            List<PackedBatch> batches = packer.pack(microBatches);
             gradients.clear();
             Tensor total = Tensor.zeros(memory.device(), DType.FLOAT64, 1);
             for (int i = 0; i < rounds; i++) {
                 try (Scope scope = Scope.open()) {
-                    PackedBatch batch =
-                            i < microBatches.size() ? PackedBatch.of(microBatches.get(i), memory.device()) : null;
-                    model.forwardBackward(batch, loss, temperature, gradients, total);
+                    model.forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
                 }
             }
             return optimizer().step(gradients, total, lr);
@@ -133,6 +134,7 @@ public final class RankTrainer implements AutoCloseable {
     @Override
     public void close() {
         model.close();
+        packer.close();
         gradients.close();
         if (optimizer != null) {
             optimizer.close();
