@@ -10,6 +10,7 @@ import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.ProcessMemory;
+import dev.tandem.device.Timeline;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.SamplingParams;
 import dev.tandem.model.ModelConfig;
@@ -27,7 +28,9 @@ import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.SplittableRandom;
+import java.util.concurrent.CopyOnWriteArrayList;
 import java.util.stream.Stream;
+import jdk.jfr.consumer.RecordingStream;
 import org.bytedeco.javacpp.Pointer;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.extension.ExtendWith;
@@ -60,6 +63,37 @@ class HybridEngineTest {
 
     private static List<TrainingSequence> batch(long seed) {
         return prompts(5, seed).stream().map(tokens -> TrainingSequence.of(tokens, 3, 1)).toList();
+    }
+
+    @Test
+    void timelineNamesWhatDeviceAndHostDid() throws IOException, InterruptedException {
+        try (HybridEngine engine = fixture("llama"); RecordingStream events = new RecordingStream()) {
+            assertThrows(IllegalStateException.class, engine::timeline);
+            List<String> gaps = new CopyOnWriteArrayList<>();
+            events.enable("dev.tandem.IdleGap");
+            events.onEvent("dev.tandem.IdleGap", event -> gaps.add(event.getString("host")));
+            events.startAsync();
+            engine.recordTimeline();
+            engine.generateTokens(prompts(3, 1), GREEDY);
+            try (var activity = engine.activity("thinking")) {
+                Thread.sleep(30);
+            }
+            engine.train(batch(2));
+            Timeline timeline = engine.timeline();
+            events.stop();
+            List<String> device = timeline.device().stream().map(Timeline.Interval::name).distinct().toList();
+            assertEquals(List.of("prefill", "decoding", "forward and backward", "optimizer"), device);
+            assertEquals(List.of("thinking", "sleep", "packing"), timeline.host().stream().map(Timeline.Interval::name).toList());
+            assertTrue(timeline.busy() > 0 && timeline.busy() < timeline.end() - 30, timeline.toString());
+            Timeline.Gap gap = timeline.gaps(5).stream().filter(g -> g.after().equals("decoding")).findFirst().orElseThrow();
+            assertEquals("forward and backward", gap.before());
+            assertTrue(gap.milliseconds() >= 30, gap.toString());
+            assertEquals("thinking", gap.host().getFirst().name());
+            assertTrue(gaps.stream().anyMatch(host -> host.startsWith("thinking")), gaps.toString());
+            // Nothing is recorded any more.
+            engine.generateTokens(prompts(1, 1), GREEDY);
+            assertThrows(IllegalStateException.class, engine::timeline);
+        }
     }
 
     @ParameterizedTest

@@ -7,6 +7,8 @@ import dev.tandem.device.TandemException;
 import dev.tandem.device.Gradients;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import dev.tandem.device.TimelineRecorder;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.WeightArena;
@@ -43,6 +45,7 @@ public final class Generator implements AutoCloseable {
     private final int[] sampled;
     private final float[] sampledLogprobs;
     private @Nullable Output[] outputs = new Output[0];
+    private @Nullable TimelineRecorder recorder;
     private long submitted;
     private long seed;
     private long weightVersion;
@@ -286,7 +289,9 @@ public final class Generator implements AutoCloseable {
                 StepPlan plan = plans[(oldest + running++) % plans.length];
                 computedTokens += plan.totalTokens;
                 long start = System.nanoTime();
-                executor.begin(plan, scheduler.requests(), seed);
+                try (Span span = recorder == null ? Span.NONE : recorder.device(plan.decodesOnly() ? "decoding" : "prefill")) {
+                    executor.begin(plan, scheduler.requests(), seed);
+                }
                 beginNanos += System.nanoTime() - start;
             }
             if (running > 0) {
@@ -313,6 +318,11 @@ public final class Generator implements AutoCloseable {
             scheduler.release(slot);
             finished.accept(completion);
         }
+    }
+
+    /** Records the steps from now on, or no longer; on the rank's thread. */
+    public void record(@Nullable TimelineRecorder into) {
+        recorder = into;
     }
 
     private boolean schedule() {

@@ -365,6 +365,7 @@ final class Scheduler {
         runningCount++;
         requests.state[slot] = State.RUNNING;
         requests.computed[slot] = computed;
+        requests.found[slot] = computed;
         if (requests.cachedTokens[slot] == NONE) {
             requests.cachedTokens[slot] = Math.min(computed, requests.promptLength[slot]);
         }
@@ -375,6 +376,7 @@ final class Scheduler {
         int known = Math.min(granted, requests.tokenCount[slot] - start);
         boolean last = start + granted == requests.tokenCount[slot] + requests.pending[slot];
         int row = plan.addRow(slot, start, granted, known, last);
+        plan.readsNew |= granted == 1 && start > 0 && start == requests.found[slot];
         requests.computed[slot] = start + granted;
         requests.lastStep[slot] = plan.step;
         tables.enterFullBlocks(slot);

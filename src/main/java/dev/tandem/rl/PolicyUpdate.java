@@ -1,6 +1,7 @@
 package dev.tandem.rl;
 
 import dev.tandem.HybridEngine;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TrainStep;
 import dev.tandem.training.TrainingSequence;
@@ -21,7 +22,10 @@ public record PolicyUpdate(TrainStep step, PolicyStatistics statistics) {
      * @throws IllegalStateException when the algorithm has a KL term and the engine has no frozen reference
      */
     public static PolicyUpdate apply(HybridEngine engine, Algorithm algorithm, Rollout rollout, double[][] advantages) {
-        List<TrainingSequence> sequences = rollout.sequences(advantages, algorithm.aggregation());
+        List<TrainingSequence> sequences;
+        try (Span span = engine.activity("making sequences")) {
+            sequences = rollout.sequences(advantages, algorithm.aggregation());
+        }
         if (algorithm.loss().needsReference()) {
             sequences = withReference(sequences, engine.referenceLogprobs(sequences, rollout.temperature()));
         }

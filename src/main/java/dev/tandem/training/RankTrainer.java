@@ -5,6 +5,8 @@ import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
+import dev.tandem.device.TimelineRecorder;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.WeightArena;
 import dev.tandem.parallel.Collectives;
@@ -24,6 +26,7 @@ public final class RankTrainer implements AutoCloseable {
     private final GradientShard gradients;
     private final BatchPacker packer;
     private @Nullable ShardedAdamW optimizer;
+    private @Nullable TimelineRecorder recorder;
 
     /**
      * @param arena the weights that are read and written
@@ -63,7 +66,11 @@ public final class RankTrainer implements AutoCloseable {
     float[][] logprobs(List<TrainingSequence> sequences, @Nullable WeightArena other, double temperature) {
         try (Scope scope = Scope.open()) {
             PackedBatch batch = packer.pack(List.of(sequences)).getFirst();
-            float[] flat = model.forward(batch, other == null ? arena : other, temperature).logprob().toFloats();
+            Tensor found;
+            try (Span span = recorded("log-probs")) {
+                found = model.forward(batch, other == null ? arena : other, temperature).logprob();
+            }
+            float[] flat = found.toFloats();
             float[][] result = new float[sequences.size()][];
             int n = 0;
             for (int s = 0; s < result.length; s++) {
@@ -87,20 +94,34 @@ public final class RankTrainer implements AutoCloseable {
      */
     Outcome step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
         try (Scope step = Scope.open()) {
-            List<PackedBatch> batches = packer.pack(microBatches);
+            List<PackedBatch> batches;
+            try (Span span = recorder == null ? Span.NONE : recorder.host("packing")) {
+                batches = packer.pack(microBatches);
+            }
             gradients.clear();
             Tensor total = Tensor.zeros(memory.device(), DType.FLOAT64, 1);
             for (int i = 0; i < rounds; i++) {
-                try (Scope scope = Scope.open()) {
+                try (Scope scope = Scope.open(); Span span = recorded("forward and backward")) {
                     model.forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
                 }
             }
-            return optimizer().step(gradients, total, lr);
+            try (Span span = recorded("optimizer")) {
+                return optimizer().step(gradients, total, lr);
+            }
         } catch (RuntimeException e) {
             throw memory.explained("training", e);
         } finally {
             model.releaseBuckets();
         }
+    }
+
+    private Span recorded(String name) {
+        return recorder == null ? Span.NONE : recorder.device(name);
+    }
+
+    /** Records the steps from now on, or no longer; on the rank's thread. */
+    public void record(@Nullable TimelineRecorder into) {
+        recorder = into;
     }
 
     /** What all ranks agree on after a step. */
