@@ -1,5 +1,6 @@
 package dev.tandem.training;
 
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
@@ -49,7 +50,8 @@ class MicroBatchesTest {
     @Test
     void aRestIsSharedOut() {
         List<TrainingSequence> sequences = sequences(900, 800, 700, 600, 500, 400, 300, 200, 100);
-        assertEquals(1500, Arrays.stream(loads(sequences, MicroBatches.cut(sequences, 2200, 1).getFirst())).max().orElseThrow(), 1);
+        assertArrayEquals(new long[] {1400, 1500, 1600},
+                Arrays.stream(loads(sequences, MicroBatches.cut(sequences, 2200, 1).getFirst())).sorted().toArray());
         assertEquals(2, MicroBatches.cut(sequences(4095, 4095, 4095, 4095), 8192, 1).getFirst().size());
         assertEquals(List.of(List.of(1), List.of(0)), MicroBatches.cut(sequences(10, 50), 20, 1).getFirst());
     }
