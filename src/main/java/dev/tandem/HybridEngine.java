@@ -207,6 +207,7 @@ public final class HybridEngine implements AutoCloseable {
      * @param prompts numbered 0, 1, … by {@link Prompt#index}
      * @param finished told of each completion as it ends, on a rank's thread, from several at a time; it must return quickly
      * @return completions ordered by prompt and sample
+     * @throws TandemException when memory for KV pages was taken by others since the engine woke; the engine can go on
      */
     public List<Completion> rollout(List<Prompt> prompts, Consumer<Completion> finished) {
         try (Occupancy.Hold hold = occupancy.enter("generate")) {
@@ -390,9 +391,11 @@ public final class HybridEngine implements AutoCloseable {
     }
 
     /**
-     * Maps the KV pages again, at the same addresses.
+     * Makes room for KV pages again, at the same addresses. As many are mapped as were used before the engine slept; generation maps
+     * others when it needs them.
      *
-     * @throws TandemException when a rank has too little memory; the engine still sleeps then, and nothing is lost
+     * @throws TandemException when a rank has too little memory for all pages of the plan; the engine still sleeps then, and nothing is
+     *     lost
      */
     public void wake() {
         try (Occupancy.Hold hold = occupancy.enter("wake")) {
@@ -402,7 +405,8 @@ public final class HybridEngine implements AutoCloseable {
     }
 
     /**
-     * Changes the size of the KV cache; samples that are under way keep their tokens. Pages that stay keep their addresses.
+     * Changes the size of the KV cache; samples that are under way keep their tokens. Pages that stay keep their addresses. All of the
+     * cache is mapped at once, and each time the engine wakes, until a rollout has shown how much of it is used.
      *
      * @param bytes on each rank, at most what was planned when the engine was opened
      */
@@ -416,10 +420,12 @@ public final class HybridEngine implements AutoCloseable {
                         + " bytes, asked for " + bytes);
             }
             kvBlocks = (int) blocks;
-            if (phase == Phase.GENERATION) {
+            Phase before = phase;
+            if (before == Phase.GENERATION) {
                 change(Phase.ASLEEP);
-                change(Phase.GENERATION);
             }
+            onEachModel(model -> model.generator().expectBlocks(kvBlocks));
+            change(before);
         }
     }
 
@@ -464,7 +470,10 @@ public final class HybridEngine implements AutoCloseable {
         }
     }
 
-    /** All ranks wake, or none: a failure puts those back to sleep that had succeeded. */
+    /**
+     * All ranks wake, or none: a failure puts those back to sleep that had succeeded. Only some pages are mapped now, but a rollout may
+     * need all, and it is better told of their lack before it begins.
+     */
     private void wakeAll() {
         try {
             onEachModel(model -> {

@@ -229,15 +229,55 @@ class HybridEngineTest {
         List<int[]> prompts = prompts(3, 8);
         try (HybridEngine engine = fixture("llama")) {
             List<Completion> expected = engine.generateTokens(prompts, GREEDY);
-            long whole = held(engine, Use.KV);
+            long whole = engine.plan().generation().get(Use.KV);
             engine.resizeKv(whole / 4);
-            assertTrue(held(engine, Use.KV) <= whole / 4 + (1 << 16));
+            assertMapped(whole / 4, engine);
             assertSame(engine.generateTokens(prompts, GREEDY), expected, 1e-5);
             engine.resizeKv(whole);
-            assertEquals(whole, held(engine, Use.KV));
+            assertMapped(whole, engine);
+            engine.sleep();
+            engine.wake();
+            assertMapped(whole, engine);
             assertSame(engine.generateTokens(prompts, GREEDY), expected, 1e-5);
+            engine.sleep();
+            engine.resizeKv(whole / 2);
+            assertEquals(0, held(engine, Use.KV));
+            engine.wake();
+            assertMapped(whole / 2, engine);
             assertThrows(IllegalArgumentException.class, () -> engine.resizeKv(1));
             assertThrows(IllegalArgumentException.class, () -> engine.resizeKv(2 * whole));
+        }
+    }
+
+    /** All of a KV cache of {@code bytes}, in whole pages and whole units of virtual memory. */
+    private static void assertMapped(long bytes, HybridEngine engine) {
+        long page = engine.plan().generation().get(Use.KV) / engine.plan().kvBlocks();
+        long unit = 1 << 16;
+        assertEquals((bytes / page * page + unit - 1) / unit * unit, held(engine, Use.KV));
+    }
+
+    @Test
+    void pagesAreMappedAsTheyAreNeeded() {
+        List<int[]> prompts = prompts(15, 10);
+        for (Device[] devices : new Device[][] {{Device.cpu(0)}, {Device.cpu(0), Device.cpu(1)}}) {
+            try (HybridEngine engine = HybridEngine.open(Fixture.of("qwen3").folder(), options().devices(devices));
+                    HybridEngine mapped = HybridEngine.open(Fixture.of("qwen3").folder(), options().devices(devices))) {
+                long whole = engine.plan().generation().get(Use.KV);
+                mapped.resizeKv(whole);
+                long opened = held(engine, Use.KV);
+                assertTrue(opened <= whole / 16, "opened with " + opened + " of " + whole + " bytes");
+                assertSame(engine.generateTokens(prompts, GREEDY), mapped.generateTokens(prompts, GREEDY), 0);
+                long many = held(engine, Use.KV);
+                assertTrue(opened < many && many < whole, many + " bytes are mapped, at first " + opened + ", at most " + whole);
+                engine.train(batch(1), t -> t.logprob().sum().mul(0), 1);
+                assertEquals(0, held(engine, Use.KV));
+                engine.generateTokens(prompts.subList(0, 2), GREEDY);
+                long again = held(engine, Use.KV);
+                assertTrue(opened < again && again <= many, "woke with " + again + " bytes, " + many + " were mapped before");
+                engine.sleep();
+                engine.wake();
+                assertTrue(held(engine, Use.KV) < again, "the last rollout used less");
+            }
         }
     }
 

@@ -211,7 +211,8 @@ final class Scheduler {
     }
 
     /**
-     * Plans the next step. See {@link StepPlan} for how it is executed. Must not be called while the KV memory is unmapped.
+     * Plans the next step. See {@link StepPlan} for how it is executed. The memory of blocks up to {@link BlockPool#extent} must be
+     * there before it is.
      *
      * @param plan overwritten; a plan that is in flight must not be passed
      * @return false if there is nothing to compute now: everything has finished ({@link #hasWork} is false), or everything waits
