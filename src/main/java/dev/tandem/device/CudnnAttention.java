@@ -31,6 +31,8 @@ public final class CudnnAttention implements AutoCloseable {
     private final Shape shape;
     private final long handle;
     private final Map<Bucket, Plans> plans = new HashMap<>();
+    /** Elements of a token's queries, keys, log-sum-exps. */
+    private final Tensor rowSizes;
 
     /** What does not change from one micro-batch to the next. */
     record Shape(int heads, int kvHeads, int headDim, double scale) {
@@ -72,28 +74,17 @@ public final class CudnnAttention implements AutoCloseable {
         private final Plans plans;
         private final long tokens;
         private final int entries;
-        /** Rows: first elements of queries, of keys, of log-sum-exps; lengths. */
+        /** Rows: first elements of queries, of keys, of log-sum-exps. */
         private final Tensor offsets;
         private final Tensor lengths;
 
-        private Sequences(Device device, Shape shape, Bucket bucket, Plans plans, long... lengths) {
+        private Sequences(Device device, Plans plans, long tokens, Tensor starts, Tensor rowSizes) {
             this.device = device;
             this.plans = plans;
-            tokens = Arrays.stream(lengths).sum();
-            // Entries that are not used end where they begin.
-            entries = bucket.batch + 1;
-            long[] table = new long[4 * entries];
-            long start = 0;
-            for (int i = 0; i < entries; i++) {
-                table[i] = start * shape.heads * shape.headDim;
-                table[entries + i] = start * shape.kvHeads * shape.headDim;
-                table[2 * entries + i] = start * shape.heads;
-                long length = i < lengths.length ? lengths[i] : 0;
-                table[3 * entries + i] = length;
-                start += length;
-            }
-            offsets = Tensor.of(device, table).reshape(4, entries);
-            this.lengths = offsets.select(0, 3).to(DType.INT32);
+            this.tokens = tokens;
+            entries = Math.toIntExact(starts.elements());
+            offsets = starts.unsqueeze(0).mul(rowSizes);
+            lengths = starts.narrow(0, 1, entries - 1L).sub(starts.narrow(0, 0, entries - 1L)).to(DType.INT32);
         }
 
         /** {@return the tokens of all sequences} */
@@ -145,6 +136,9 @@ public final class CudnnAttention implements AutoCloseable {
         Cuda.use(device);
         this.device = device;
         shape = new Shape(heads, kvHeads, headDim, scale);
+        try (Scope scope = Scope.open()) {
+            rowSizes = Tensor.of(device, (long) heads * headDim, (long) kvHeads * headDim, heads).unsqueeze(1).keep();
+        }
         handle = Cudnn.createHandle();
         try {
             plans(Bucket.of());
@@ -175,20 +169,30 @@ public final class CudnnAttention implements AutoCloseable {
                 : "queries of " + tokens + " tokens have " + elements + " elements, and cuDNN's kernels count to " + Integer.MAX_VALUE;
     }
 
+    /** {@return where each of some sequences starts, and then their end as often as it takes: as many numbers as {@link #sequences} needs} */
+    public static long[] starts(long... lengths) {
+        long[] starts = new long[Bucket.of(lengths).batch + 1];
+        for (int i = 1; i < starts.length; i++) {
+            starts[i] = starts[i - 1] + (i <= lengths.length ? lengths[i - 1] : 0);
+        }
+        return starts;
+    }
+
     /**
-     * Prepares a micro-batch: uploads where its sequences are, and makes plans if there are none for so many sequences or such long ones.
+     * Prepares a micro-batch, without waiting for the device; makes plans if there are none for so many sequences or such long ones.
      *
+     * @param starts INT64, {@link #starts(long...)} on the device
      * @param lengths tokens of each sequence
      * @throws IllegalArgumentException if there is an {@link #obstacle}
      * @throws TandemException if cuDNN has no plan
      */
-    public Sequences sequences(long... lengths) {
-        String obstacle = obstacle(Arrays.stream(lengths).sum(), shape.heads, shape.headDim);
+    public Sequences sequences(Tensor starts, long... lengths) {
+        long tokens = Arrays.stream(lengths).sum();
+        String obstacle = obstacle(tokens, shape.heads, shape.headDim);
         if (obstacle != null) {
             throw new IllegalArgumentException(obstacle);
         }
-        Bucket bucket = Bucket.of(lengths);
-        return new Sequences(device, shape, bucket, plans(bucket), lengths);
+        return new Sequences(device, plans(Bucket.of(lengths)), tokens, starts, rowSizes);
     }
 
     private Plans plans(Bucket bucket) {
@@ -259,6 +263,7 @@ public final class CudnnAttention implements AutoCloseable {
     public void close() {
         plans.values().forEach(Plans::close);
         plans.clear();
+        rowSizes.close();
         Cudnn.destroyHandle(handle);
     }
 }

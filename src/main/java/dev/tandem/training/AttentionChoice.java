@@ -67,8 +67,9 @@ final class AttentionChoice implements AutoCloseable {
         try (Scope scope = Scope.open()) {
             Heads heads = new Heads(values(key.heads), values(key.kvHeads), values(key.kvHeads));
             Tensor byResult = values(key.heads);
-            byCudnn = milliseconds(new CudnnTrainingAttention(candidate, candidate.sequences(lengths)), heads, byResult);
-            byFlash = milliseconds(new FlashTrainingAttention(device, scale, lengths), heads, byResult);
+            Tensor starts = Tensor.of(device, CudnnAttention.starts(lengths));
+            byCudnn = milliseconds(new CudnnTrainingAttention(candidate, candidate.sequences(starts, lengths)), heads, byResult);
+            byFlash = milliseconds(new FlashTrainingAttention(scale, starts, lengths), heads, byResult);
         } finally {
             Cuda.releaseCached(device);
         }
@@ -111,16 +112,21 @@ final class AttentionChoice implements AutoCloseable {
         close();
     }
 
-    /** {@return the chosen attention over sequences of these lengths} Its tensors belong to the innermost scope. */
-    TrainingAttention over(long... lengths) {
+    /**
+     * {@return the chosen attention over sequences} Its tensors belong to the innermost scope.
+     *
+     * @param starts {@link CudnnAttention#starts} on the device
+     * @param lengths tokens of each sequence
+     */
+    TrainingAttention over(Tensor starts, long... lengths) {
         if (cudnn != null && CudnnAttention.obstacle(Arrays.stream(lengths).sum(), key.heads, key.headDim) == null) {
             try {
-                return new CudnnTrainingAttention(cudnn, cudnn.sequences(lengths));
+                return new CudnnTrainingAttention(cudnn, cudnn.sequences(starts, lengths));
             } catch (TandemException e) { // no plan for so many sequences, or such long ones
                 refuse(e);
             }
         }
-        return new FlashTrainingAttention(device, scale, lengths);
+        return new FlashTrainingAttention(scale, starts, lengths);
     }
 
     @Override

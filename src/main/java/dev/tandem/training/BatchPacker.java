@@ -4,12 +4,14 @@ import static java.lang.foreign.ValueLayout.JAVA_FLOAT;
 import static java.lang.foreign.ValueLayout.JAVA_LONG;
 
 import dev.tandem.device.CudaEvent;
+import dev.tandem.device.CudnnAttention;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Tensor;
 import java.lang.foreign.MemorySegment;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.List;
 import org.jspecify.annotations.Nullable;
 
@@ -92,17 +94,18 @@ final class BatchPacker implements AutoCloseable {
      *
      * @param optional which of old log-probs, reference log-probs and advantages it has
      */
-    private record Sizes(int tokens, int trained, List<Boolean> optional) {
+    private record Sizes(long[] starts, int tokens, int trained, List<Boolean> optional) {
         static Sizes of(List<TrainingSequence> sequences) {
             TrainingSequence first = sequences.getFirst();
-            return new Sizes(sequences.stream().mapToInt(TrainingSequence::inputTokens).sum(),
+            long[] lengths = sequences.stream().mapToLong(TrainingSequence::inputTokens).toArray();
+            return new Sizes(CudnnAttention.starts(lengths), Math.toIntExact(Arrays.stream(lengths).sum()),
                     sequences.stream().mapToInt(TrainingSequence::trainedTokens).sum(),
                     List.of(first.old() != null, first.reference() != null, first.advantage() != null));
         }
 
-        /** Tokens and positions; rows, targets and sequences. */
+        /** Starts; tokens and positions; rows, targets and sequences. */
         long integers() {
-            return 2L * tokens + 3L * trained;
+            return starts.length + 2L * tokens + 3L * trained;
         }
 
         /** Weights, and what else there is. */
@@ -128,7 +131,7 @@ final class BatchPacker implements AutoCloseable {
         PackedBatch batch(List<TrainingSequence> sequences) {
             long[] lengths = sequences.stream().mapToLong(TrainingSequence::inputTokens).toArray();
             int longest = sequences.stream().mapToInt(TrainingSequence::inputTokens).max().orElse(0);
-            return new PackedBatch(lengths, longest, integers(size.tokens), integers(size.tokens), integers(size.trained),
+            return new PackedBatch(lengths, longest, integers(size.starts.length), integers(size.tokens), integers(size.tokens), integers(size.trained),
                     integers(size.trained), integers(size.trained), numbers(), optional(0), optional(1), optional(2));
         }
 
@@ -148,7 +151,9 @@ final class BatchPacker implements AutoCloseable {
     }
 
     private static void fill(List<TrainingSequence> sequences, Sizes size, MemorySegment longs, MemorySegment floats) {
-        int rows = 2 * size.tokens;
+        MemorySegment.copy(size.starts, 0, longs, JAVA_LONG, 0, size.starts.length);
+        long firstToken = size.starts.length;
+        long rows = firstToken + 2L * size.tokens;
         int row = 0;
         int n = 0;
         for (int s = 0; s < sequences.size(); s++) {
@@ -158,11 +163,11 @@ final class BatchPacker implements AutoCloseable {
             float[][] values = {sequence.weight(), sequence.old(), sequence.reference(), sequence.advantage()};
             check(size, values);
             for (int i = 0; i < sequence.inputTokens(); i++, row++) {
-                longs.setAtIndex(JAVA_LONG, row, tokens[i]);
-                longs.setAtIndex(JAVA_LONG, (long) size.tokens + row, i);
+                longs.setAtIndex(JAVA_LONG, firstToken + row, tokens[i]);
+                longs.setAtIndex(JAVA_LONG, firstToken + size.tokens + row, i);
                 if (trained[i + 1]) {
-                    longs.setAtIndex(JAVA_LONG, (long) rows + n, row);
-                    longs.setAtIndex(JAVA_LONG, (long) rows + size.trained + n, tokens[i + 1]);
+                    longs.setAtIndex(JAVA_LONG, rows + n, row);
+                    longs.setAtIndex(JAVA_LONG, rows + size.trained + n, tokens[i + 1]);
                     longs.setAtIndex(JAVA_LONG, rows + 2L * size.trained + n, s);
                     long at = n;
                     for (float[] column : values) {

@@ -1,7 +1,6 @@
 package dev.tandem.training;
 
 import dev.tandem.device.DType;
-import dev.tandem.device.Device;
 import dev.tandem.device.Operator;
 import dev.tandem.device.Tensor;
 import dev.tandem.training.LayerOperations.Attended;
@@ -18,13 +17,12 @@ final class FlashTrainingAttention implements TrainingAttention {
     private final long longest;
     private final double scale;
 
-    /** @param lengths tokens of each sequence */
-    FlashTrainingAttention(Device device, double scale, long... lengths) {
-        long[] starts = new long[lengths.length + 1];
-        for (int i = 0; i < lengths.length; i++) {
-            starts[i + 1] = starts[i] + lengths[i];
-        }
-        bounds = Tensor.of(device, starts).to(DType.INT32);
+    /**
+     * @param starts where each sequence starts, and their end, INT64; what follows is not read
+     * @param lengths tokens of each sequence
+     */
+    FlashTrainingAttention(double scale, Tensor starts, long... lengths) {
+        bounds = starts.narrow(0, 0, lengths.length + 1L).to(DType.INT32);
         longest = Arrays.stream(lengths).max().orElse(0);
         this.scale = scale;
     }

@@ -26,7 +26,7 @@ final class KernelOperations implements LayerOperations {
         device = kernels.device;
         positions = batch.positions();
         tokens = Math.toIntExact(positions.size(0));
-        attention = kernels.attention.over(batch.lengths());
+        attention = kernels.attention.over(batch.starts(), batch.lengths());
     }
 
     private Tensor bf16(long... shape) {

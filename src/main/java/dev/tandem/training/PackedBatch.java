@@ -11,6 +11,7 @@ import org.jspecify.annotations.Nullable;
  *
  * @param lengths tokens of each sequence that the model reads
  * @param longest the greatest of them
+ * @param starts INT64: the row where each sequence starts, as {@link dev.tandem.device.CudnnAttention#starts} has them
  * @param tokens INT64 [T]
  * @param positions INT64 [T], from 0 in each sequence
  * @param rows INT64 [N]: the row whose hidden state predicts the trained token
@@ -21,7 +22,7 @@ import org.jspecify.annotations.Nullable;
  * @param reference FLOAT32 [N] or null
  * @param advantage FLOAT32 [N] or null
  */
-record PackedBatch(long[] lengths, int longest, Tensor tokens, Tensor positions, Tensor rows, Tensor targets, Tensor sequence,
+record PackedBatch(long[] lengths, int longest, Tensor starts, Tensor tokens, Tensor positions, Tensor rows, Tensor targets, Tensor sequence,
         Tensor weight, @Nullable Tensor old, @Nullable Tensor reference, @Nullable Tensor advantage) {
 
     /** {@return one micro-batch, copied by itself} */

@@ -146,6 +146,10 @@ class CudaTrainingAttentionTest {
         }
     }
 
+    private static Tensor starts(long... lengths) {
+        return Tensor.of(CUDA, CudnnAttention.starts(lengths));
+    }
+
     @ParameterizedTest(name = "{0} and {1} heads of {2}")
     @CsvSource({"16, 8, 128", "14, 2, 64", "12, 12, 64", "32, 8, 128"})
     void bothAgreeWithFloat64(int heads, int kvHeads, int headDim) {
@@ -154,8 +158,8 @@ class CudaTrainingAttentionTest {
             for (long[] lengths : LENGTHS) {
                 try (Scope scope = Scope.open()) {
                     Case inputs = new Case(heads, kvHeads, headDim, random, lengths);
-                    inputs.check("FlashAttention-2", new FlashTrainingAttention(CUDA, scale(headDim), lengths));
-                    inputs.check("cuDNN " + cudnn.version(), new CudnnTrainingAttention(cudnn, cudnn.sequences(lengths)));
+                    inputs.check("FlashAttention-2", new FlashTrainingAttention(scale(headDim), starts(lengths), lengths));
+                    inputs.check("cuDNN " + cudnn.version(), new CudnnTrainingAttention(cudnn, cudnn.sequences(starts(lengths), lengths)));
                 }
             }
             Cuda.synchronize(CUDA);
@@ -168,12 +172,12 @@ class CudaTrainingAttentionTest {
                 RandomStream random = new RandomStream(3);
                 Scope scope = Scope.open()) {
             Heads heads = new Case(4, 2, 64, random, 300).heads;
-            Tensor found = cudnn.forward(cudnn.sequences(300), heads.query(), heads.key(), heads.value()).logSumExp();
+            Tensor found = cudnn.forward(cudnn.sequences(starts(300), 300), heads.query(), heads.key(), heads.value()).logSumExp();
             Tensor last = heads.query().select(0, 299).narrow(0, 3, 1).to(DType.FLOAT64);
             Tensor scores = last.matmul(heads.key().select(1, 1).to(DType.FLOAT64).transpose(0, 1)).mul(scale(64));
             assertEquals(scores.logSumExp(1).item(), found.select(0, 299).narrow(0, 3, 1).item(), 1e-3);
             assertThrows(IllegalArgumentException.class,
-                    () -> cudnn.forward(cudnn.sequences(299), heads.query(), heads.key(), heads.value()));
+                    () -> cudnn.forward(cudnn.sequences(starts(299), 299), heads.query(), heads.key(), heads.value()));
         }
     }
 
@@ -185,9 +189,9 @@ class CudaTrainingAttentionTest {
             try (AttentionChoice choice = new AttentionChoice(config, CUDA); RandomStream random = new RandomStream(5);
                     Scope scope = Scope.open()) {
                 Case inputs = new Case(14, 2, 64, random, 90, 1, 300);
-                inputs.check("the chosen one", choice.over(inputs.lengths));
+                inputs.check("the chosen one", choice.over(starts(inputs.lengths), inputs.lengths));
                 long tooMany = Integer.MAX_VALUE / (14 * 64) + 1;
-                assertInstanceOf(FlashTrainingAttention.class, choice.over(tooMany));
+                assertInstanceOf(FlashTrainingAttention.class, choice.over(starts(tooMany), tooMany));
                 Cuda.synchronize(CUDA);
             }
             if (i > 0) {
