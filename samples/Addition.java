@@ -90,7 +90,7 @@ void run() {
         throw new IllegalArgumentException("--steps, --prompts-per-step and --unseen must be at least 1, --group-size 2");
     }
     EngineOptions options = EngineOptions.defaults().seed(seed);
-    options = options.training(options.training().lr(lr));
+    options = options.training(options.training().lr(lr).betas(0.9, 0.999));
     try (HybridEngine engine = HybridEngine.open(model, dtype == null ? options : options.dtype(dtype))) {
         IO.println("ready after %.1f s".formatted(ManagementFactory.getRuntimeMXBean().getUptime() / 1e3));
         IO.println("unseen sums right before: %.1f %%".formatted(100 * accuracy(engine)));

@@ -1,5 +1,7 @@
 package dev.tandem;
 
+import dev.tandem.device.Timeline;
+import java.util.stream.Collectors;
 import jdk.jfr.Category;
 import jdk.jfr.DataAmount;
 import jdk.jfr.Event;
@@ -77,5 +79,37 @@ final class EngineEvents {
     static final class Checkpoint extends Event {
         @Label("Folder")
         String folder = "";
+    }
+
+    /** A time in which the device had nothing to compute, found when a timeline was read. */
+    @Name("dev.tandem.IdleGap")
+    @Label("Idle Gap")
+    @Category("Tandem")
+    @StackTrace(false)
+    static final class IdleGap extends Event {
+        @Label("Milliseconds")
+        double milliseconds;
+
+        @Label("Milliseconds Since The Recording Began")
+        double start;
+
+        @Label("After")
+        String after = "";
+
+        @Label("Before")
+        String before = "";
+
+        @Label("Host")
+        String host = "";
+
+        static void commit(Timeline.Gap gap) {
+            var event = new IdleGap();
+            event.milliseconds = gap.milliseconds();
+            event.start = gap.start();
+            event.after = gap.after();
+            event.before = gap.before();
+            event.host = gap.host().stream().map(Timeline.Interval::name).distinct().collect(Collectors.joining(", "));
+            event.commit();
+        }
     }
 }

@@ -37,9 +37,9 @@ public record EngineOptions(List<Device> devices, DType dtype, long memoryLimit,
     }
 
     /** Tokens of a micro-batch, and bytes of logits, that keep a GPU busy. */
-    private static final int GPU_MICRO_BATCH_TOKENS = 8192;
+    private static final int GPU_MICRO_BATCH_TOKENS = 16_384;
 
-    private static final long GPU_LOGITS = 1L << 30;
+    private static final long GPU_LOGITS = 2L << 30;
 
     /**
      * {@return one rank on {@link Device#best}, with sizes that suit it: on the CPU FLOAT32 weights, on a GPU BFLOAT16; sizes of caches

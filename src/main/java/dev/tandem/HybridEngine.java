@@ -5,6 +5,9 @@ import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.ProcessMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
+import dev.tandem.device.Timeline;
+import dev.tandem.device.TimelineRecorder;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.Generator;
 import dev.tandem.generation.Prompt;
@@ -29,6 +32,7 @@ import java.util.ArrayList;
 import java.util.Comparator;
 import java.util.List;
 import java.util.Map;
+import java.util.Optional;
 import java.util.SplittableRandom;
 import java.util.function.Consumer;
 import java.util.function.Function;
@@ -61,6 +65,7 @@ public final class HybridEngine implements AutoCloseable {
     private volatile long weightVersion;
     /** A seed for each call that generates: a request without its own is sampled anew each time it is made. */
     private final SplittableRandom seeds;
+    private volatile @Nullable TimelineRecorder recorder;
     private boolean hasReference;
     private int kvBlocks;
 
@@ -156,8 +161,10 @@ public final class HybridEngine implements AutoCloseable {
     public List<Completion> generate(List<String> prompts, SamplingParams params, Consumer<Completion> finished) {
         Tokenizer tokens = requireTokenizer();
         List<Prompt> requests = new ArrayList<>();
-        for (int i = 0; i < prompts.size(); i++) {
-            requests.add(new Prompt(i, prompts.get(i), encode(tokens, prompts.get(i)), params));
+        try (Span span = activity("tokenizing")) {
+            for (int i = 0; i < prompts.size(); i++) {
+                requests.add(new Prompt(i, prompts.get(i), encode(tokens, prompts.get(i)), params));
+            }
         }
         return rollout(requests, finished);
     }
@@ -200,6 +207,7 @@ public final class HybridEngine implements AutoCloseable {
      * @param prompts numbered 0, 1, … by {@link Prompt#index}
      * @param finished told of each completion as it ends, on a rank's thread, from several at a time; it must return quickly
      * @return completions ordered by prompt and sample
+     * @throws TandemException when memory for KV pages was taken by others since the engine woke; the engine can go on
      */
     public List<Completion> rollout(List<Prompt> prompts, Consumer<Completion> finished) {
         try (Occupancy.Hold hold = occupancy.enter("generate")) {
@@ -383,9 +391,11 @@ public final class HybridEngine implements AutoCloseable {
     }
 
     /**
-     * Maps the KV pages again, at the same addresses.
+     * Makes room for KV pages again, at the same addresses. As many are mapped as were used before the engine slept; generation maps
+     * others when it needs them.
      *
-     * @throws TandemException when a rank has too little memory; the engine still sleeps then, and nothing is lost
+     * @throws TandemException when a rank has too little memory for all pages of the plan; the engine still sleeps then, and nothing is
+     *     lost
      */
     public void wake() {
         try (Occupancy.Hold hold = occupancy.enter("wake")) {
@@ -395,7 +405,8 @@ public final class HybridEngine implements AutoCloseable {
     }
 
     /**
-     * Changes the size of the KV cache; samples that are under way keep their tokens. Pages that stay keep their addresses.
+     * Changes the size of the KV cache; samples that are under way keep their tokens. Pages that stay keep their addresses. All of the
+     * cache is mapped at once, and each time the engine wakes, until a rollout has shown how much of it is used.
      *
      * @param bytes on each rank, at most what was planned when the engine was opened
      */
@@ -409,10 +420,12 @@ public final class HybridEngine implements AutoCloseable {
                         + " bytes, asked for " + bytes);
             }
             kvBlocks = (int) blocks;
-            if (phase == Phase.GENERATION) {
+            Phase before = phase;
+            if (before == Phase.GENERATION) {
                 change(Phase.ASLEEP);
-                change(Phase.GENERATION);
             }
+            onEachModel(model -> model.generator().expectBlocks(kvBlocks));
+            change(before);
         }
     }
 
@@ -435,6 +448,17 @@ public final class HybridEngine implements AutoCloseable {
         var event = new PhaseChange();
         event.begin();
         Phase from = phase;
+        try (Span span = activity(wanted == Phase.GENERATION ? "wake" : "sleep")) {
+            prepare(wanted);
+        }
+        phase = wanted;
+        event.from = from.name();
+        event.to = wanted.name();
+        event.held = models.getFirst().memory().total();
+        event.commit();
+    }
+
+    private void prepare(Phase wanted) {
         if (wanted == Phase.GENERATION) {
             onEachModel(model -> model.trainer().rest());
             wakeAll();
@@ -444,14 +468,12 @@ public final class HybridEngine implements AutoCloseable {
                 onEachModel(model -> model.trainer().rest());
             }
         }
-        phase = wanted;
-        event.from = from.name();
-        event.to = wanted.name();
-        event.held = models.getFirst().memory().total();
-        event.commit();
     }
 
-    /** All ranks wake, or none: a failure puts those back to sleep that had succeeded. */
+    /**
+     * All ranks wake, or none: a failure puts those back to sleep that had succeeded. Only some pages are mapped now, but a rollout may
+     * need all, and it is better told of their lack before it begins.
+     */
     private void wakeAll() {
         try {
             onEachModel(model -> {
@@ -479,6 +501,63 @@ public final class HybridEngine implements AutoCloseable {
             action.accept(models.get(rank.index()));
             return true;
         });
+    }
+
+    // ---- timeline -------------------------------------------------------------------------------------------------------
+
+    /** Begins to record what the first rank's device and the host do; what was recorded before and not asked for is forgotten. */
+    public void recordTimeline() {
+        try (Occupancy.Hold hold = occupancy.enter("recordTimeline")) {
+            requireOpen();
+            onFirstRank(model -> {
+                record(model, null);
+                record(model, new TimelineRecorder(model.rank().device()));
+                return true;
+            });
+        }
+    }
+
+    /**
+     * Ends the recording. Every time beyond 5 ms in which the device had nothing to do also becomes an event of Java's flight recorder.
+     *
+     * @throws IllegalStateException when nothing is recorded
+     */
+    public Timeline timeline() {
+        try (Occupancy.Hold hold = occupancy.enter("timeline")) {
+            requireOpen();
+            TimelineRecorder current = recorder;
+            if (current == null) {
+                throw new IllegalStateException("no timeline is recorded: call recordTimeline() before");
+            }
+            Timeline timeline = onFirstRank(model -> {
+                Timeline found = current.finish();
+                record(model, null);
+                return found;
+            });
+            timeline.gaps(5).forEach(EngineEvents.IdleGap::commit);
+            return timeline;
+        }
+    }
+
+    /** {@return an activity of the calling thread, for the timeline, that lasts until it is closed; nothing happens if none is recorded} */
+    public Span activity(String name) {
+        TimelineRecorder current = recorder;
+        return current == null ? Span.NONE : current.host(name);
+    }
+
+    private void record(ModelRank model, @Nullable TimelineRecorder into) {
+        TimelineRecorder before = recorder;
+        recorder = into;
+        model.generator().record(into);
+        model.trainer().record(into);
+        if (before != null) {
+            before.close();
+        }
+    }
+
+    private <T> T onFirstRank(Function<ModelRank, T> function) {
+        return ranks.onEach(rank -> rank.index() == 0 ? Optional.of(function.apply(models.getFirst())) : Optional.<T>empty()).getFirst()
+                .orElseThrow();
     }
 
     private void requireOpen() {
@@ -594,6 +673,10 @@ public final class HybridEngine implements AutoCloseable {
         try (Occupancy.Hold hold = occupancy.enter("close")) {
             phase = Phase.CLOSED;
             try {
+                onFirstRank(model -> {
+                    record(model, null);
+                    return true;
+                });
                 onEachModel(ModelRank::close);
             } finally {
                 ranks.close();

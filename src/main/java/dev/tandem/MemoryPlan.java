@@ -16,7 +16,7 @@ import java.util.Map;
  * What one rank will hold in each phase, computed from the config before anything is allocated.
  *
  * @param limit most bytes that the rank may hold
- * @param generation bytes of each use in the generation phase
+ * @param generation bytes of each use in the generation phase; of KV pages the most that will be mapped, as they are needed
  * @param training bytes of each use in the training phase
  * @param kvBlocks KV pages that the generation phase has room for
  * @param hostGroups of how many groups, from the arena's first, a GPU's optimizer state stays in page-locked host memory

@@ -101,7 +101,7 @@ class BadInputTest {
 
     @Test
     void requestLargerThanThePool() {
-        long page = engine.onEachRank(model -> model.memory().held(Use.KV)).getFirst() / engine.plan().kvBlocks();
+        long page = engine.plan().generation().get(Use.KV) / engine.plan().kvBlocks();
         engine.resizeKv(4 * page);
         message(IllegalArgumentException.class, () -> generate(new int[60]), "request 1", "60 prompt tokens",
                 "10 generated",

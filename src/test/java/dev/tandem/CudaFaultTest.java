@@ -23,6 +23,7 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.Random;
 import java.util.stream.IntStream;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
@@ -35,7 +36,11 @@ class CudaFaultTest {
     private static final List<int[]> PROMPTS = List.of(new int[] {5, 6, 7}, IntStream.range(0, 300).toArray());
 
     private static int[] said(HybridEngine engine) {
-        return engine.generateTokens(PROMPTS, GREEDY).stream().flatMapToInt(c -> IntStream.of(c.tokens())).toArray();
+        return said(engine, PROMPTS);
+    }
+
+    private static int[] said(HybridEngine engine, List<int[]> prompts) {
+        return engine.generateTokens(prompts, GREEDY).stream().flatMapToInt(c -> IntStream.of(c.tokens())).toArray();
     }
 
     /** Takes all but some bytes of the device. */
@@ -80,6 +85,38 @@ class CudaFaultTest {
         }
     }
 
+    /** Others take the memory between wake and the moment when pages are needed. */
+    @Test
+    void aKvCacheThatCannotGrowSaysWhatIsMissingAndTheEngineGoesOn() {
+        EngineOptions options = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16)).kvBytes(2L << 30);
+        List<int[]> many = IntStream.range(0, 200).mapToObj(i -> new Random(i).ints(1000, 0, 5000).toArray()).toList();
+        try (HybridEngine engine = HybridEngine.create(TinyModels.published("llama"), null, options)) {
+            int[] small = said(engine);
+            int[] before = said(engine, many);
+            long most = held(engine, Use.KV);
+            for (long leave : new long[] {1 << 20, 48 << 20, 160 << 20}) {
+                engine.sleep();
+                engine.wake();
+                said(engine);
+                engine.sleep();
+                engine.wake();
+                long first = held(engine, Use.KV);
+                assertTrue(first < most / 4, first + " bytes are mapped, " + most + " before");
+                List<Tensor> ballast = ballast(engine, leave);
+                long free = Cuda.free(CUDA) + first;
+                TandemException e = assertThrows(TandemException.class, () -> said(engine, many));
+                assertTrue(e.getMessage().contains("KV pages") && e.getMessage().contains("WEIGHTS"), e.getMessage());
+                assertEquals(Phase.GENERATION, engine.phase());
+                assertEquals(free, Cuda.free(CUDA) + held(engine, Use.KV));
+                assertArrayEquals(small, said(engine));
+                drop(engine, ballast);
+                assertArrayEquals(before, said(engine, many));
+            }
+            engine.sleep();
+            assertEquals(0, held(engine, Use.KV));
+        }
+    }
+
     @Test
     void trainingWithoutMemoryNamesTheHoldersAndTheEngineGenerates() {
         EngineOptions options = CudaGenerationTest.options(GeneratorOptions.defaults().blockSize(16));
@@ -88,6 +125,7 @@ class CudaFaultTest {
         try (HybridEngine engine = HybridEngine.create(TinyModels.published("llama"), null, options);
                 HybridEngine other = HybridEngine.create(TinyModels.published("llama"), null, options)) {
             int[] before = said(engine);
+            engine.resizeKv(256 << 20); // maps all pages, so that training gets their memory and generation gets it back
             List<Tensor> ballast = ballast(engine, 64 << 20);
             TandemException e = assertThrows(TandemException.class, () -> engine.train(batch));
             assertTrue(e.getMessage().contains("out of memory in training on cuda:0") && e.getMessage().contains("WEIGHTS"), e.getMessage());
@@ -117,10 +155,10 @@ class CudaFaultTest {
             assertEquals(optimizer, parked.plan().parked());
             for (int i = 0; i < 4; i++) {
                 assertEquals(resident.train(batch).loss(), parked.train(batch).loss(), 2e-3, "step " + i);
-                assertEquals(optimizer, held(parked));
+                assertEquals(optimizer, held(parked, Use.OPTIMIZER));
                 assertArrayEquals(said(resident), said(parked), "after step " + i);
-                assertEquals(0, held(parked));
-                assertEquals(optimizer, held(resident));
+                assertEquals(0, held(parked, Use.OPTIMIZER));
+                assertEquals(optimizer, held(resident, Use.OPTIMIZER));
             }
         }
     }
@@ -140,14 +178,14 @@ class CudaFaultTest {
             assertEquals(2, shared.plan().hostGroups(), shared.plan().toString());
             for (int i = 0; i < 4; i++) {
                 assertEquals(resident.train(batch).loss(), shared.train(batch).loss(), 2e-3, "step " + i);
-                assertEquals(optimizer - shared.plan().hostOptimizer(), held(shared));
+                assertEquals(optimizer - shared.plan().hostOptimizer(), held(shared, Use.OPTIMIZER));
                 assertArrayEquals(said(resident), said(shared), "after step " + i);
             }
         }
     }
 
-    private static long held(HybridEngine engine) {
-        return engine.onEachRank(rank -> rank.memory().held(Use.OPTIMIZER)).getFirst();
+    private static long held(HybridEngine engine, Use use) {
+        return engine.onEachRank(rank -> rank.memory().held(use)).getFirst();
     }
 
     /** A process whose class path has a broken kernel first. */

@@ -10,6 +10,7 @@ import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.ProcessMemory;
+import dev.tandem.device.Timeline;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.SamplingParams;
 import dev.tandem.model.ModelConfig;
@@ -27,7 +28,9 @@ import java.nio.file.Path;
 import java.util.ArrayList;
 import java.util.List;
 import java.util.SplittableRandom;
+import java.util.concurrent.CopyOnWriteArrayList;
 import java.util.stream.Stream;
+import jdk.jfr.consumer.RecordingStream;
 import org.bytedeco.javacpp.Pointer;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.extension.ExtendWith;
@@ -60,6 +63,37 @@ class HybridEngineTest {
 
     private static List<TrainingSequence> batch(long seed) {
         return prompts(5, seed).stream().map(tokens -> TrainingSequence.of(tokens, 3, 1)).toList();
+    }
+
+    @Test
+    void timelineNamesWhatDeviceAndHostDid() throws IOException, InterruptedException {
+        try (HybridEngine engine = fixture("llama"); RecordingStream events = new RecordingStream()) {
+            assertThrows(IllegalStateException.class, engine::timeline);
+            List<String> gaps = new CopyOnWriteArrayList<>();
+            events.enable("dev.tandem.IdleGap");
+            events.onEvent("dev.tandem.IdleGap", event -> gaps.add(event.getString("host")));
+            events.startAsync();
+            engine.recordTimeline();
+            engine.generateTokens(prompts(3, 1), GREEDY);
+            try (var activity = engine.activity("thinking")) {
+                Thread.sleep(30);
+            }
+            engine.train(batch(2));
+            Timeline timeline = engine.timeline();
+            events.stop();
+            List<String> device = timeline.device().stream().map(Timeline.Interval::name).distinct().toList();
+            assertEquals(List.of("prefill", "decoding", "forward and backward", "optimizer"), device);
+            assertEquals(List.of("thinking", "sleep", "packing"), timeline.host().stream().map(Timeline.Interval::name).toList());
+            assertTrue(timeline.busy() > 0 && timeline.busy() < timeline.end() - 30, timeline.toString());
+            Timeline.Gap gap = timeline.gaps(5).stream().filter(g -> g.after().equals("decoding")).findFirst().orElseThrow();
+            assertEquals("forward and backward", gap.before());
+            assertTrue(gap.milliseconds() >= 30, gap.toString());
+            assertEquals("thinking", gap.host().getFirst().name());
+            assertTrue(gaps.stream().anyMatch(host -> host.startsWith("thinking")), gaps.toString());
+            // Nothing is recorded any more.
+            engine.generateTokens(prompts(1, 1), GREEDY);
+            assertThrows(IllegalStateException.class, engine::timeline);
+        }
     }
 
     @ParameterizedTest
@@ -195,15 +229,55 @@ class HybridEngineTest {
         List<int[]> prompts = prompts(3, 8);
         try (HybridEngine engine = fixture("llama")) {
             List<Completion> expected = engine.generateTokens(prompts, GREEDY);
-            long whole = held(engine, Use.KV);
+            long whole = engine.plan().generation().get(Use.KV);
             engine.resizeKv(whole / 4);
-            assertTrue(held(engine, Use.KV) <= whole / 4 + (1 << 16));
+            assertMapped(whole / 4, engine);
             assertSame(engine.generateTokens(prompts, GREEDY), expected, 1e-5);
             engine.resizeKv(whole);
-            assertEquals(whole, held(engine, Use.KV));
+            assertMapped(whole, engine);
+            engine.sleep();
+            engine.wake();
+            assertMapped(whole, engine);
             assertSame(engine.generateTokens(prompts, GREEDY), expected, 1e-5);
+            engine.sleep();
+            engine.resizeKv(whole / 2);
+            assertEquals(0, held(engine, Use.KV));
+            engine.wake();
+            assertMapped(whole / 2, engine);
             assertThrows(IllegalArgumentException.class, () -> engine.resizeKv(1));
             assertThrows(IllegalArgumentException.class, () -> engine.resizeKv(2 * whole));
+        }
+    }
+
+    /** All of a KV cache of {@code bytes}, in whole pages and whole units of virtual memory. */
+    private static void assertMapped(long bytes, HybridEngine engine) {
+        long page = engine.plan().generation().get(Use.KV) / engine.plan().kvBlocks();
+        long unit = 1 << 16;
+        assertEquals((bytes / page * page + unit - 1) / unit * unit, held(engine, Use.KV));
+    }
+
+    @Test
+    void pagesAreMappedAsTheyAreNeeded() {
+        List<int[]> prompts = prompts(15, 10);
+        for (Device[] devices : new Device[][] {{Device.cpu(0)}, {Device.cpu(0), Device.cpu(1)}}) {
+            try (HybridEngine engine = HybridEngine.open(Fixture.of("qwen3").folder(), options().devices(devices));
+                    HybridEngine mapped = HybridEngine.open(Fixture.of("qwen3").folder(), options().devices(devices))) {
+                long whole = engine.plan().generation().get(Use.KV);
+                mapped.resizeKv(whole);
+                long opened = held(engine, Use.KV);
+                assertTrue(opened <= whole / 16, "opened with " + opened + " of " + whole + " bytes");
+                assertSame(engine.generateTokens(prompts, GREEDY), mapped.generateTokens(prompts, GREEDY), 0);
+                long many = held(engine, Use.KV);
+                assertTrue(opened < many && many < whole, many + " bytes are mapped, at first " + opened + ", at most " + whole);
+                engine.train(batch(1), t -> t.logprob().sum().mul(0), 1);
+                assertEquals(0, held(engine, Use.KV));
+                engine.generateTokens(prompts.subList(0, 2), GREEDY);
+                long again = held(engine, Use.KV);
+                assertTrue(opened < again && again <= many, "woke with " + again + " bytes, " + many + " were mapped before");
+                engine.sleep();
+                engine.wake();
+                assertTrue(held(engine, Use.KV) < again, "the last rollout used less");
+            }
         }
     }
 

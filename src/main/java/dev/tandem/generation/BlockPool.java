@@ -5,10 +5,12 @@ import java.util.Arrays;
 /**
  * Who holds which KV block, and which blocks still hold a known prefix.
  *
- * <p><b>Free list.</b> A block is used while its reference count is positive. Otherwise it is in one doubly linked list, least
- * recently used first, whose sentinel is block 0: the null block is never handed out, so its links are free for that. Taking the
- * head, appending at the tail and unlinking from the middle are O(1). A request gives its blocks back last one first, so the tail
- * of a sequence is evicted before the prefix that others may want.
+ * <p><b>Free blocks.</b> A block is used while its reference count is positive. Blocks from {@link #extent} on were never handed out.
+ * Other free blocks are in one doubly linked list, those without a known prefix first, then the others, least recently used first. Its
+ * sentinel is block 0: the null block is never handed out, so its links are free for that. Taking the head, adding at either end and
+ * unlinking from the middle are O(1). A block without a prefix is taken first, then one never handed out, in ascending order, so that
+ * memory behind the extent need not exist; a prefix is given up only when neither is left. A request gives its blocks back last one
+ * first, so the tail of a sequence is evicted before the prefix that others may want.
  *
  * <p><b>Prefix cache.</b> A full block of tokens is entered under a hash, and stays entered while it is free; only when it is
  * handed out again does its entry go (lazy eviction). A hash alone would be wrong once in 2<sup>64</sup> lookups, so a hit is
@@ -29,6 +31,7 @@ final class BlockPool {
     private final int blockSize;
     private int blockCount;
     private int freeCount;
+    private int extent = 1;
     private int[] references = new int[0];
     private int[] previous = new int[0];
     private int[] next = new int[0];
@@ -77,6 +80,11 @@ final class BlockPool {
         return freeCount;
     }
 
+    /** {@return how many blocks, the null block included, cover all that were handed out since the pool was made or reset} */
+    int extent() {
+        return extent;
+    }
+
     int references(int block) {
         return references[block];
     }
@@ -96,15 +104,24 @@ final class BlockPool {
             return false;
         }
         for (int i = 0; i < count; i++) {
-            int block = next[NULL_BLOCK];
-            unlink(block);
-            if (identity[block] != 0) {
-                evict(block);
-            }
+            int block = takeFree();
             references[block] = 1;
             into[at + i] = block;
         }
         return true;
+    }
+
+    private int takeFree() {
+        int block = next[NULL_BLOCK];
+        if (extent < blockCount && (block == NULL_BLOCK || identity[block] != 0)) {
+            freeCount--;
+            return extent++;
+        }
+        unlink(block);
+        if (identity[block] != 0) {
+            evict(block);
+        }
+        return block;
     }
 
     /** Adds a reference to a used block, or to a free block that a lookup found. */
@@ -114,13 +131,13 @@ final class BlockPool {
         }
     }
 
-    /** Gives one reference back; the last one makes the block the most recently used free block. */
+    /** Gives one reference back; the last one frees the block, which keeps its prefix as the most recently used one. */
     void release(int block) {
         if (block == NULL_BLOCK || references[block] <= 0) {
             throw new IllegalStateException("KV block " + block + " is released but nobody holds it");
         }
         if (--references[block] == 0) {
-            linkBefore(NULL_BLOCK, block);
+            linkBefore(identity[block] == 0 ? next[NULL_BLOCK] : NULL_BLOCK, block);
         }
     }
 
@@ -194,13 +211,8 @@ final class BlockPool {
             identity = Arrays.copyOf(identity, newCount);
             rehash(Integer.highestOneBit(Math.max(4, newCount) - 1) << 2);
         }
-        int oldCount = Math.max(1, blockCount);
+        freeCount += newCount - Math.max(1, blockCount);
         blockCount = newCount;
-        for (int block = newCount - 1; block >= oldCount; block--) {
-            references[block] = 0;
-            identity[block] = 0;
-            linkBefore(next[NULL_BLOCK], block);
-        }
     }
 
     /**
@@ -217,12 +229,14 @@ final class BlockPool {
                 return false;
             }
         }
-        for (int block = newCount; block < blockCount; block++) {
+        for (int block = newCount; block < extent; block++) {
             unlink(block);
             if (identity[block] != 0) {
                 evict(block);
             }
         }
+        freeCount -= blockCount - Math.max(newCount, extent);
+        extent = Math.min(extent, newCount);
         blockCount = newCount;
         return true;
     }
@@ -237,7 +251,7 @@ final class BlockPool {
     }
 
     /**
-     * Forgets every prefix, as when the blocks' memory has lost its content.
+     * Forgets every prefix and which blocks were handed out, as when the blocks' memory has lost its content.
      *
      * @throws IllegalStateException if a block is used
      */
@@ -249,6 +263,9 @@ final class BlockPool {
         Arrays.fill(slots, NULL_BLOCK);
         Arrays.fill(identity, 0);
         entered = 0;
+        next[NULL_BLOCK] = NULL_BLOCK;
+        previous[NULL_BLOCK] = NULL_BLOCK;
+        extent = 1;
     }
 
     private void linkBefore(int after, int block) {
@@ -330,18 +347,23 @@ final class BlockPool {
         boolean[] free = new boolean[blockCount];
         int seen = 0;
         for (int block = next[NULL_BLOCK], before = NULL_BLOCK; block != NULL_BLOCK; before = block, block = next[block]) {
-            check(block < blockCount && !free[block], "block " + block + " is twice in the free list or outside the pool");
+            check(block < extent && !free[block], "block " + block + " is twice in the free list or was never handed out");
             check(previous[block] == before, "block " + block + " has a wrong back link");
+            check(identity[before] == 0 || identity[block] != 0, "block " + block + " without a prefix comes after one with a prefix");
             free[block] = true;
             seen++;
         }
-        check(seen == freeCount, "the free list holds " + seen + " blocks, counted " + freeCount);
+        check(extent <= blockCount, "blocks up to " + extent + " of " + blockCount + " were handed out");
+        check(seen + blockCount - extent == freeCount, seen + " free blocks and " + (blockCount - extent) + " never handed out, counted "
+                + freeCount);
+        Arrays.fill(free, extent, blockCount, true);
         int known = 0;
         for (int block = 1; block < blockCount; block++) {
             check(references[block] >= 0, "block " + block + " has a negative count");
             check(free[block] == (references[block] == 0), "block " + block + " is neither free nor used, or both");
             if (identity[block] != 0) {
                 known++;
+                check(block < extent, "block " + block + " was never handed out and has a prefix");
                 int found = find(parent[block], tokens, block * blockSize);
                 check(found != NULL_BLOCK && identity[found] == identity[block], "entered block " + block + " is not found");
             }

@@ -325,7 +325,8 @@ final class CudaDecoder implements AutoCloseable {
         int width = input.layout().tableWidth();
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
-                    tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale, 1);
+                    tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale,
+                    input.countAddress(StepLayout.OLD_PAGES));
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,

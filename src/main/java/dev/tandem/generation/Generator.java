@@ -7,6 +7,9 @@ import dev.tandem.device.TandemException;
 import dev.tandem.device.Gradients;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import dev.tandem.device.TimelineRecorder;
+import dev.tandem.device.TimelineRecorder.Span;
+import dev.tandem.device.VirtualMemory;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.WeightArena;
@@ -43,6 +46,7 @@ public final class Generator implements AutoCloseable {
     private final int[] sampled;
     private final float[] sampledLogprobs;
     private @Nullable Output[] outputs = new Output[0];
+    private @Nullable TimelineRecorder recorder;
     private long submitted;
     private long seed;
     private long weightVersion;
@@ -122,10 +126,17 @@ public final class Generator implements AutoCloseable {
      */
     public Generator(WeightArena arena, Decoder decoder, DeviceMemory memory, GeneratorOptions options, int maxBlocks,
             TokenDecoder text, List<Integer> eosTokenIds, long seed) {
+        this(arena, decoder, memory, options, maxBlocks, text, eosTokenIds, seed, VirtualMemory.reserve(memory.device(),
+                Math.multiplyExact(blockBytes(arena.layout().config(), arena.dtype(), options), maxBlocks)));
+    }
+
+    /** @param pages addresses for the KV pages; closed with this */
+    Generator(WeightArena arena, Decoder decoder, DeviceMemory memory, GeneratorOptions options, int maxBlocks,
+            TokenDecoder text, List<Integer> eosTokenIds, long seed, VirtualMemory pages) {
         this.config = arena.layout().config();
         this.text = text;
         this.seed = seed;
-        cache = new KvCache(config, memory.device(), arena.dtype(), options.blockSize(), maxBlocks, memory);
+        cache = new KvCache(config, arena.dtype(), options.blockSize(), maxBlocks, pages, memory);
         pool = new BlockPool(options.blockSize(), 1);
         scheduler = new Scheduler(
                 new SchedulerOptions(options.tokenBudget(), options.maxRunning(), options.prefillThreshold(), config.maxPositions(),
@@ -178,13 +189,20 @@ public final class Generator implements AutoCloseable {
     }
 
     /**
-     * Backs {@code blocks} KV pages with memory. All or nothing.
+     * Makes room for {@code blocks} KV pages. As many are backed with memory as were used before the last {@link #sleep}, the others when
+     * a step needs them.
      *
      * @param blocks page 0 included, which pads
+     * @throws TandemException when there is not enough memory; the KV cache sleeps on then
      */
     public void wake(int blocks) {
         cache.wake(blocks);
         pool.grow(blocks);
+    }
+
+    /** Tells how many KV pages the next {@link #wake} backs at once, whatever was used before. */
+    public void expectBlocks(int blocks) {
+        cache.expect(blocks);
     }
 
     /** Gives the KV memory back. Unfinished samples keep their tokens and are computed again after the next {@link #wake}. */
@@ -277,7 +295,11 @@ public final class Generator implements AutoCloseable {
     /**
      * One step: computes, samples, and hands out the samples that ended.
      *
+     * <p>When memory for KV pages that there should be room for cannot be had, the step fails. To make do with the pages that there are
+     * would be quieter, but samples that do not fit would end early, and who else uses the device would decide which.
+     *
      * @param finished receives completions on this thread; it may submit new prompts
+     * @throws TandemException when there is no memory for KV pages; the samples keep their tokens and are computed again by the next step
      */
     public void step(Consumer<Completion> finished) {
         cache.requireAwake();
@@ -286,7 +308,10 @@ public final class Generator implements AutoCloseable {
                 StepPlan plan = plans[(oldest + running++) % plans.length];
                 computedTokens += plan.totalTokens;
                 long start = System.nanoTime();
-                executor.begin(plan, scheduler.requests(), seed);
+                cache.require(pool.extent());
+                try (Span span = recorder == null ? Span.NONE : recorder.device(plan.decodesOnly() ? "decoding" : "prefill")) {
+                    executor.begin(plan, scheduler.requests(), seed);
+                }
                 beginNanos += System.nanoTime() - start;
             }
             if (running > 0) {
@@ -313,6 +338,11 @@ public final class Generator implements AutoCloseable {
             scheduler.release(slot);
             finished.accept(completion);
         }
+    }
+
+    /** Records the steps from now on, or no longer; on the rank's thread. */
+    public void record(@Nullable TimelineRecorder into) {
+        recorder = into;
     }
 
     private boolean schedule() {
@@ -400,7 +430,7 @@ public final class Generator implements AutoCloseable {
      *
      * @param steps that have ended
      * @param plan seconds in the scheduler
-     * @param begin seconds laying out and launching; on the CPU also computing
+     * @param begin seconds mapping pages, laying out and launching; on the CPU also computing
      * @param waiting seconds waiting for the device's results
      * @param accept seconds taking tokens in
      */

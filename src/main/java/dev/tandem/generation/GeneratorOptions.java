@@ -33,9 +33,9 @@ public record GeneratorOptions(int blockSize, int tokenBudget, int maxRunning, i
         return new GeneratorOptions(16, 2048, 256, 2048, false, true);
     }
 
-    /** {@return what suits a GPU: pages of 64 tokens, 16,384 tokens a step, 256 running samples, prefix caching} */
+    /** {@return what suits a GPU: pages of 64 tokens, 16,384 tokens a step, 512 running samples, prefix caching} */
     public static GeneratorOptions forGpu() {
-        return new GeneratorOptions(64, 16_384, 256, 16_384, false, true);
+        return new GeneratorOptions(64, 16_384, 512, 16_384, false, true);
     }
 
     /** {@return these options with pages of another size} */

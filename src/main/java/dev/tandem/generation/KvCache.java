@@ -1,10 +1,10 @@
 package dev.tandem.generation;
 
 import dev.tandem.device.DType;
-import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.Scope;
+import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
 import dev.tandem.device.VirtualMemory;
 import dev.tandem.model.ModelConfig;
@@ -15,9 +15,9 @@ import java.util.List;
  * Keys and values of all sequences on one device, in pages of a fixed number of tokens.
  *
  * <p>All pages lie in one range of addresses that is reserved for the largest cache and backed by memory in part: page i of all
- * layers is one contiguous piece, so growing and shrinking the cache maps and unmaps its end and moves nothing. {@link #sleep} gives
- * all memory back and {@link #wake} brings it at the same addresses; the tensors here stay valid as views, but must not be read
- * while the cache sleeps: {@link #requireAwake} is asked before each step. Block 0 is nobody's, and pads tables.
+ * layers is one contiguous piece, so the cache grows by mapping its end and moves nothing. {@link #wake} backs as many pages as were
+ * of use before, {@link #require} more when a step needs them, and {@link #sleep} gives all memory back. The tensors here stay valid
+ * as views, but only backed pages may be read: {@link #requireAwake} is asked before each step. Block 0 is nobody's, and pads tables.
  *
  * <p>Confined to its rank's thread. The owner closes it.
  */
@@ -31,16 +31,26 @@ final class KvCache implements AutoCloseable {
     private final List<Tensor> values = new ArrayList<>();
     private final Tensor pages;
     private boolean clears;
-    private int blocks;
+    /** How many pages may be backed until the cache sleeps. */
+    private int room;
+    /** How many pages the next wake backs. */
+    private int first = 1;
 
-    /** @param maxBlocks for how many pages addresses are reserved */
-    KvCache(ModelConfig config, Device device, DType dtype, int blockSize, int maxBlocks, DeviceMemory memory) {
+    private int blocks;
+    /** Most pages that a step required since the cache woke, 0 before the first step. */
+    private int used;
+
+    /**
+     * @param maxBlocks most pages
+     * @param range addresses for so many pages; closed with this
+     */
+    KvCache(ModelConfig config, DType dtype, int blockSize, int maxBlocks, VirtualMemory range, DeviceMemory memory) {
         this.memory = memory;
         this.blockSize = blockSize;
         this.maxBlocks = maxBlocks;
-        clears = !device.isCpu();
+        this.range = range;
+        clears = !memory.device().isCpu();
         blockBytes = blockBytes(config, dtype, blockSize);
-        range = VirtualMemory.reserve(device, Math.multiplyExact(blockBytes, maxBlocks));
         long width = (long) config.kvHeads() * config.headDim();
         long slab = blockSize * width;
         long page = 2 * config.layers() * slab;
@@ -85,33 +95,67 @@ final class KvCache implements AutoCloseable {
         clears = false;
     }
 
-    /** Backs the first {@code count} pages with memory. A failure changes nothing. */
+    /**
+     * Makes room for {@code count} pages and backs as many of them as were used before the last sleep, at least one.
+     *
+     * @throws TandemException when there is not enough memory; the cache sleeps on then
+     */
     void wake(int count) {
         if (count > maxBlocks) {
             throw new IllegalArgumentException(count + " KV blocks asked for, addresses are reserved for " + maxBlocks);
         }
-        long target = mapped(count);
+        if (blocks > 0) {
+            throw new IllegalStateException("the KV cache is awake already");
+        }
+        back(Math.min(first, count), count);
+        room = count;
+    }
+
+    /** Tells how many pages the next {@link #wake} backs, whatever was used before. */
+    void expect(int count) {
+        first = count;
+    }
+
+    /**
+     * Sees to it that the first {@code count} pages, at most as many as there is room for, are backed. Where they are not, an eighth is
+     * added to what is, so that a growing cache maps in few pieces.
+     *
+     * @throws TandemException when there is not enough memory; nothing has changed then
+     */
+    void require(int count) {
+        if (count > blocks) {
+            back(Math.min(room, Math.max(count, blocks + blocks / 8)), room);
+        }
+        used = Math.max(used, count);
+    }
+
+    /** Backs at least {@code count} pages, as many as the units of memory hold that this takes, but at most {@code most}. */
+    private void back(int count, int most) {
+        long unit = range.granularity();
         long now = range.committed();
-        if (target > now) {
+        long target = Math.ceilDiv(count * blockBytes, unit) * unit;
+        try {
             range.commit(now, target - now);
-        } else if (target < now) {
-            range.release(target, now - target);
+        } catch (TandemException e) {
+            throw new TandemException("no memory for more KV pages, %.1f MiB beside %.1f: %s; held by this rank:%n%s".formatted(
+                    (target - now) / 0x1p20, now / 0x1p20, e.getMessage(), memory.table()), e);
         }
         memory.add(Use.KV, target - now);
-        if (clears && count > blocks) {
-            clear(blocks, count);
+        int backed = (int) Math.min(most, target / blockBytes);
+        if (clears) {
+            clear(blocks, backed);
         }
-        blocks = count;
+        blocks = backed;
     }
 
-    /** Gives all memory back. */
+    /** Gives all memory back. Where no step ran, the next wake backs as many pages as this one did. */
     void sleep() {
-        wake(0);
-    }
-
-    private long mapped(int count) {
-        long unit = range.granularity();
-        return (count * blockBytes + unit - 1) / unit * unit;
+        long now = range.committed();
+        range.release(0, now);
+        memory.add(Use.KV, -now);
+        first = used > 0 ? used : first;
+        blocks = 0;
+        used = 0;
     }
 
     /** @throws IllegalStateException when the cache sleeps */
@@ -140,7 +184,7 @@ final class KvCache implements AutoCloseable {
         }
     }
 
-    /** Zeroes all pages, so that nothing that is not finite can be read from a page that is used again. */
+    /** Zeroes all backed pages, so that nothing that is not finite can be read from a page that is used again. */
     void clear() {
         clear(0, blocks);
     }

@@ -51,6 +51,8 @@ final class RequestTable {
     int[] limit = new int[0];
     /** Positions whose KV is computed or will be by a scheduled step. */
     int[] computed = new int[0];
+    /** Positions whose KV was found at the last admission. */
+    int[] found = new int[0];
     /** Tokens that scheduled steps will sample and that are not in {@code tokens} yet. */
     int[] pending = new int[0];
     /** The last step this slot took part in; it is in flight while the step is. */
@@ -148,6 +150,7 @@ final class RequestTable {
         tokenCount = Arrays.copyOf(tokenCount, capacity);
         limit = Arrays.copyOf(limit, capacity);
         computed = Arrays.copyOf(computed, capacity);
+        found = Arrays.copyOf(found, capacity);
         pending = Arrays.copyOf(pending, capacity);
         lastStep = Arrays.copyOf(lastStep, capacity);
         cachedTokens = Arrays.copyOf(cachedTokens, capacity);

@@ -211,7 +211,8 @@ final class Scheduler {
     }
 
     /**
-     * Plans the next step. See {@link StepPlan} for how it is executed. Must not be called while the KV memory is unmapped.
+     * Plans the next step. See {@link StepPlan} for how it is executed. The memory of blocks up to {@link BlockPool#extent} must be
+     * there before it is.
      *
      * @param plan overwritten; a plan that is in flight must not be passed
      * @return false if there is nothing to compute now: everything has finished ({@link #hasWork} is false), or everything waits
@@ -365,6 +366,7 @@ final class Scheduler {
         runningCount++;
         requests.state[slot] = State.RUNNING;
         requests.computed[slot] = computed;
+        requests.found[slot] = computed;
         if (requests.cachedTokens[slot] == NONE) {
             requests.cachedTokens[slot] = Math.min(computed, requests.promptLength[slot]);
         }
@@ -375,6 +377,7 @@ final class Scheduler {
         int known = Math.min(granted, requests.tokenCount[slot] - start);
         boolean last = start + granted == requests.tokenCount[slot] + requests.pending[slot];
         int row = plan.addRow(slot, start, granted, known, last);
+        plan.readsNew |= granted == 1 && start > 0 && start == requests.found[slot];
         requests.computed[slot] = start + granted;
         requests.lastStep[slot] = plan.step;
         tables.enterFullBlocks(slot);

@@ -62,6 +62,8 @@ final class StepLayout {
     static final int DECODE_ROWS = 1;
     static final int WANTED = 2;
     static final int PAIRS = 3;
+    /** 1 where decode attention may read all tokens but the newest before they are complete. */
+    static final int OLD_PAGES = 4;
 
     static final int MAX_MASKED = 32;
     static final int PAIR_BYTES = 64;
@@ -171,6 +173,7 @@ final class StepLayout {
         put(memory, Field.COUNTS, DECODE_ROWS, decodeRows);
         put(memory, Field.COUNTS, WANTED, wantedCount);
         put(memory, Field.COUNTS, PAIRS, plan.sampleCount);
+        put(memory, Field.COUNTS, OLD_PAGES, plan.readsNew ? 0 : 1);
     }
 
     private void arrange(StepPlan plan) {

@@ -43,6 +43,9 @@ final class StepPlan {
     /** Whether the row's last logits are sampled; other rows are chunks of a longer prefill. */
     final boolean[] sampled;
 
+    /** Whether a row of one token may attend to KV in blocks that another row writes in this very step. */
+    boolean readsNew;
+
     /** (row, slot) pairs to sample, at most {@code maxRunning}. */
     int sampleCount;
     /** Row whose last logits pair i is sampled from. */
@@ -86,6 +89,7 @@ final class StepPlan {
         this.step = step;
         rowCount = 0;
         totalTokens = 0;
+        readsNew = false;
         sampleCount = 0;
         copyCount = 0;
     }
@@ -99,6 +103,11 @@ final class StepPlan {
         this.sampled[row] = sampled;
         totalTokens += granted;
         return row;
+    }
+
+    /** {@return whether every row has one token} */
+    boolean decodesOnly() {
+        return totalTokens == rowCount;
     }
 
     void addSample(int row, int slot, int epoch) {

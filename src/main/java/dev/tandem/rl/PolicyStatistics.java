@@ -6,7 +6,6 @@ import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.training.TokenValues;
 import java.util.Arrays;
-import java.util.List;
 
 /**
  * What a policy update looked like, over tokens: sums and counts, so that the statistics of micro-batches and ranks add
@@ -48,7 +47,33 @@ public record PolicyStatistics(
      * @return its statistics
      */
     public static PolicyStatistics of(PolicyLoss loss, TokenValues tokens) {
-        long count = tokens.logprob().elements();
+        try (Scope _ = Scope.open(); Pending pending = measured(loss, tokens)) {
+            return pending.read();
+        }
+    }
+
+    /**
+     * Statistics of a micro-batch that the device is still to compute. The owner closes them.
+     *
+     * @param tokens how many tokens
+     * @param compared whether there is a reference
+     * @param values FLOAT64, in the order of the components
+     */
+    record Pending(long tokens, boolean compared, Tensor values) implements AutoCloseable {
+        /** {@return the statistics; waits for the device} */
+        PolicyStatistics read() {
+            double[] v = values.toDoubles();
+            return new PolicyStatistics(tokens, (long) v[0], v[1], v[2], v[3], v[4], v[5], compared ? tokens : 0, v[6], v[7]);
+        }
+
+        @Override
+        public void close() {
+            values.close();
+        }
+    }
+
+    /** {@return what {@link #of} returns, without waiting for the device} */
+    static Pending measured(PolicyLoss loss, TokenValues tokens) {
         try (Scope _ = Scope.open(); Gradients _ = Gradients.disabled()) {
             Tensor logprob = PolicyLoss.logprob(tokens);
             Tensor ratio = loss.ratio(logprob, tokens);
@@ -58,7 +83,7 @@ public record PolicyStatistics(
             Tensor referenceKl = compared
                     ? loss.klEstimator().estimate(logprob, tokens.reference())
                     : Tensor.zeros(gap.device(), DType.FLOAT64, 1);
-            double[] values = onHost(
+            return new Pending(tokens.logprob().elements(), compared, together(
                     lost.lessThan(0).to(DType.FLOAT64).sum(),
                     ratio.max(),
                     gap.abs().max(),
@@ -66,9 +91,7 @@ public record PolicyStatistics(
                     gap.neg().sum(),
                     KlEstimator.K3.estimate(tokens.old(), logprob).sum(),
                     referenceKl.sum(),
-                    tokens.entropy().to(DType.FLOAT64).sum());
-            return new PolicyStatistics(count, (long) values[0], values[1], values[2], values[3], values[4], values[5],
-                    compared ? count : 0, values[6], values[7]);
+                    tokens.entropy().to(DType.FLOAT64).sum()).keep());
         }
     }
 
@@ -117,9 +140,8 @@ public record PolicyStatistics(
         return entropySum / tokens;
     }
 
-    /** One transfer for all scalars: each would otherwise wait for the device by itself. */
-    private static double[] onHost(Tensor... scalars) {
-        List<Tensor> ones = Arrays.stream(scalars).map(scalar -> scalar.to(DType.FLOAT64).reshape(1)).toList();
-        return Tensor.concatenate(0, ones).toDoubles();
+    /** For one transfer: each scalar by itself would wait for the device again. */
+    private static Tensor together(Tensor... scalars) {
+        return Tensor.concatenate(0, Arrays.stream(scalars).map(scalar -> scalar.to(DType.FLOAT64).reshape(1)).toList());
     }
 }

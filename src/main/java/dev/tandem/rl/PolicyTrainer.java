@@ -18,14 +18,21 @@ import org.apache.commons.math3.stat.descriptive.DescriptiveStatistics;
  * PolicyUpdate update = PolicyUpdate.apply(engine, algorithm, rollout, advantages);
  * }</pre>
  *
+ * <p>Old log-probs are those that generation sampled with, which saves a forward pass. Should the training side once find them further away
+ * than {@link #logprobGapLimit} on average, it computes them itself from then on.
+ *
  * <p>An algorithm with a KL term gets the weights at construction as its frozen reference. One thread at a time, as the engine.
  */
 public final class PolicyTrainer {
+    private static final System.Logger LOG = System.getLogger(PolicyTrainer.class.getName());
+
     private final HybridEngine engine;
     private final Algorithm algorithm;
     private final SamplingParams sampling;
     private final Reward reward;
     private final RewardRunner runner;
+    private double logprobGapLimit = 0.05;
+    private boolean rescores;
     private long steps;
 
     /**
@@ -52,6 +59,16 @@ public final class PolicyTrainer {
         }
     }
 
+    /** Sets how far generation's log-probs may be from training's, as a mean over a step's tokens in nats; 0.05 unless set; 0: they are not used. */
+    public PolicyTrainer logprobGapLimit(double mean) {
+        if (!(mean >= 0)) {
+            throw new IllegalArgumentException("logprobGapLimit must be at least 0: " + mean);
+        }
+        logprobGapLimit = mean;
+        rescores = mean == 0;
+        return this;
+    }
+
     /**
      * One step: rollout, advantages, update.
      *
@@ -62,7 +79,13 @@ public final class PolicyTrainer {
         double[][] advantages = algorithm.advantageEstimator().advantages(rollout.rewards());
         ProcessMemory.resetPeak();
         long start = System.nanoTime();
-        PolicyUpdate update = PolicyUpdate.apply(engine, algorithm, rollout, advantages);
+        PolicyUpdate update = PolicyUpdate.apply(engine, algorithm, rollout, advantages, rescores);
+        double gap = update.statistics().logprobGapMean();
+        if (!rescores && gap > logprobGapLimit) {
+            rescores = true;
+            LOG.log(System.Logger.Level.WARNING, "log-probs of generation and training differ by {0} on average, more than {1}: the training "
+                    + "side computes old log-probs from now on", gap, logprobGapLimit);
+        }
         double seconds = (System.nanoTime() - start) / 1e9;
         var training = new StepMetrics.Phase(seconds, update.step().tokens(), ProcessMemory.peak());
         return metrics(rollout, update, training);

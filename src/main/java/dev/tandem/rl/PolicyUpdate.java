@@ -1,11 +1,13 @@
 package dev.tandem.rl;
 
 import dev.tandem.HybridEngine;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TrainStep;
 import dev.tandem.training.TrainingSequence;
 import java.util.ArrayList;
 import java.util.List;
+import java.util.stream.IntStream;
 
 /**
  * One update of the policy from a rollout.
@@ -21,34 +23,63 @@ public record PolicyUpdate(TrainStep step, PolicyStatistics statistics) {
      * @throws IllegalStateException when the algorithm has a KL term and the engine has no frozen reference
      */
     public static PolicyUpdate apply(HybridEngine engine, Algorithm algorithm, Rollout rollout, double[][] advantages) {
-        List<TrainingSequence> sequences = rollout.sequences(advantages, algorithm.aggregation());
+        return apply(engine, algorithm, rollout, advantages, false);
+    }
+
+    /**
+     * Updates the weights once.
+     *
+     * @param advantages of each sample of the rollout
+     * @param rescores whether the training side computes the old log-probs, by a forward pass more, instead of taking generation's
+     * @throws IllegalStateException when the algorithm has a KL term and the engine has no frozen reference
+     */
+    public static PolicyUpdate apply(HybridEngine engine, Algorithm algorithm, Rollout rollout, double[][] advantages, boolean rescores) {
+        List<TrainingSequence> sequences;
+        try (Span span = engine.activity("making sequences")) {
+            sequences = rollout.sequences(advantages, algorithm.aggregation());
+        }
+        if (rescores) {
+            float[][] old = engine.logprobs(sequences, rollout.temperature());
+            sequences = with(sequences, (s, i) -> new TrainingSequence(s.tokens(), s.trained(), s.weight(), old[i], null, s.advantage()));
+        }
         if (algorithm.loss().needsReference()) {
-            sequences = withReference(sequences, engine.referenceLogprobs(sequences, rollout.temperature()));
+            float[][] reference = engine.referenceLogprobs(sequences, rollout.temperature());
+            sequences = with(sequences,
+                    (s, i) -> new TrainingSequence(s.tokens(), s.trained(), s.weight(), s.old(), reference[i], s.advantage()));
         }
-        Statistics statistics = new Statistics();
-        TokenLoss loss = tokens -> {
-            statistics.add(PolicyStatistics.of(algorithm.loss(), tokens));
-            return algorithm.loss().loss(tokens);
-        };
-        TrainStep step = engine.train(sequences, loss, rollout.temperature());
-        return new PolicyUpdate(step, statistics.total);
+        try (Statistics statistics = new Statistics()) {
+            TokenLoss loss = tokens -> {
+                statistics.add(PolicyStatistics.measured(algorithm.loss(), tokens));
+                return algorithm.loss().loss(tokens);
+            };
+            TrainStep step = engine.train(sequences, loss, rollout.temperature());
+            return new PolicyUpdate(step, statistics.total());
+        }
     }
 
-    private static List<TrainingSequence> withReference(List<TrainingSequence> sequences, float[][] reference) {
-        List<TrainingSequence> result = new ArrayList<>();
-        for (int i = 0; i < sequences.size(); i++) {
-            TrainingSequence s = sequences.get(i);
-            result.add(new TrainingSequence(s.tokens(), s.trained(), s.weight(), s.old(), reference[i], s.advantage()));
-        }
-        return result;
+    private static List<TrainingSequence> with(List<TrainingSequence> sequences, Change change) {
+        return IntStream.range(0, sequences.size()).mapToObj(i -> change.of(sequences.get(i), i)).toList();
     }
 
-    /** Sums over micro-batches, which several ranks compute at a time. */
-    private static final class Statistics {
-        private PolicyStatistics total = PolicyStatistics.NONE;
+    private interface Change {
+        TrainingSequence of(TrainingSequence sequence, int index);
+    }
 
-        synchronized void add(PolicyStatistics part) {
-            total = total.add(part);
+    /** Of all micro-batches, which several ranks compute at a time; read when the step is over, so that no micro-batch waits for them. */
+    private static final class Statistics implements AutoCloseable {
+        private final List<PolicyStatistics.Pending> parts = new ArrayList<>();
+
+        synchronized void add(PolicyStatistics.Pending part) {
+            parts.add(part);
+        }
+
+        synchronized PolicyStatistics total() {
+            return parts.stream().map(PolicyStatistics.Pending::read).reduce(PolicyStatistics.NONE, PolicyStatistics::add);
+        }
+
+        @Override
+        public synchronized void close() {
+            parts.forEach(PolicyStatistics.Pending::close);
         }
     }
 }

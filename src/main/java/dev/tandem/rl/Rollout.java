@@ -2,6 +2,7 @@ package dev.tandem.rl;
 
 import dev.tandem.HybridEngine;
 import dev.tandem.device.ProcessMemory;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.LogprobKind;
 import dev.tandem.generation.SamplingParams;
@@ -49,7 +50,10 @@ public record Rollout(List<List<Completion>> groups, double[][] rewards, double 
         }
         long generated = System.nanoTime();
         long peak = ProcessMemory.peak();
-        double[] flat = scores.await();
+        double[] flat;
+        try (Span span = engine.activity("waiting for rewards")) {
+            flat = scores.await();
+        }
         double[][] rewards = new double[prompts.size()][];
         List<List<Completion>> groups = new ArrayList<>();
         for (int i = 0; i < rewards.length; i++) {

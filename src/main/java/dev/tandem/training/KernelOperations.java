@@ -3,29 +3,22 @@ package dev.tandem.training;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule.Grid;
-import dev.tandem.device.Operator;
 import dev.tandem.device.Tensor;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Norm;
-import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The operations of a layer on a GPU, in Tandem's kernels ({@code train_*.cu}, which say how they are launched), and attention by libtorch's
- * FlashAttention-2 (Dao 2023) over packed sequences.
+ * The operations of a layer on a GPU, in Tandem's kernels ({@code train_*.cu}, which say how they are launched), and attention as
+ * {@link AttentionChoice} has chosen it.
  */
 final class KernelOperations implements LayerOperations {
-    private static final Operator ATTENTION = Operator.named("aten::_flash_attention_forward");
-    private static final Operator ATTENTION_BACKWARD = Operator.named("aten::_flash_attention_backward");
-
     private final TrainingKernels kernels;
     private final ModelConfig config;
     private final Device device;
     private final Tensor positions;
-    private final Tensor bounds;
-    private final long longest;
+    private final TrainingAttention attention;
     private final int tokens;
-    private final double scale;
 
     KernelOperations(TrainingKernels kernels, PackedBatch batch) {
         this.kernels = kernels;
@@ -33,13 +26,7 @@ final class KernelOperations implements LayerOperations {
         device = kernels.device;
         positions = batch.positions();
         tokens = Math.toIntExact(positions.size(0));
-        longest = batch.longest();
-        long[] starts = new long[batch.lengths().length + 1];
-        for (int i = 0; i < batch.lengths().length; i++) {
-            starts[i + 1] = starts[i] + batch.lengths()[i];
-        }
-        bounds = Tensor.of(device, starts).to(DType.INT32);
-        scale = 1 / Math.sqrt(config.headDim());
+        attention = kernels.attention.over(batch.starts(), batch.lengths());
     }
 
     private Tensor bf16(long... shape) {
@@ -152,20 +139,12 @@ final class KernelOperations implements LayerOperations {
 
     @Override
     public Attended attend(Heads heads) {
-        // Results: output, log-sum-exp, the state of dropout's random numbers (two), a mask for debugging.
-        List<Tensor> found = ATTENTION.call(heads.query(), heads.key(), heads.value(), bounds, bounds, longest, longest, 0.0, true, false,
-                scale, null, null, null, null);
-        return new Attended(found.get(0).reshape(tokens, (long) config.heads() * config.headDim()), found.get(1), found.get(2),
-                found.get(3));
+        return attention.forward(heads);
     }
 
     @Override
     public Heads attendBackward(Tensor byResult, Heads heads, Attended attended) {
-        long[] shape = heads.query().shape();
-        List<Tensor> found = ATTENTION_BACKWARD.call(byResult.reshape(shape), heads.query(), heads.key(), heads.value(),
-                attended.result().reshape(shape), attended.kept()[0], bounds, bounds, longest, longest, 0.0, true, attended.kept()[1],
-                attended.kept()[2], scale, null, null);
-        return new Heads(found.get(0).contiguous(), found.get(1).contiguous(), found.get(2).contiguous());
+        return attention.backward(byResult, heads, attended);
     }
 
     // ---- feed-forward block ---------------------------------------------------------------------------------------------

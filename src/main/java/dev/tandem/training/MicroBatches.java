@@ -1,6 +1,7 @@
 package dev.tandem.training;
 
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.Comparator;
 import java.util.List;
 import java.util.stream.IntStream;
@@ -8,8 +9,9 @@ import java.util.stream.IntStream;
 /**
  * Cuts a step's sequences into micro-batches of at most a number of tokens and shares them out over the ranks.
  *
- * <p>Longest first, each sequence goes to the rank with the fewest tokens so far; a rank packs its sequences, longest first, into
- * the first micro-batch with room (first-fit decreasing). A sequence longer than the budget is a micro-batch of its own.
+ * <p>Longest first, each sequence goes to the rank with the fewest tokens so far, and there to the micro-batch with the fewest (Graham 1969:
+ * longest processing time first). A rank has as few micro-batches as this rule fits them into: micro-batches of about the same size
+ * keep a GPU busier than full ones and a small rest. A sequence longer than the budget is a micro-batch of its own.
  */
 final class MicroBatches {
     private MicroBatches() {}
@@ -25,10 +27,7 @@ final class MicroBatches {
                 .sorted(Comparator.comparingInt((Integer i) -> -sequences.get(i).inputTokens()))
                 .toList();
         for (int i : order) {
-            int least = 0;
-            for (int r = 1; r < ranks; r++) {
-                least = load[r] < load[least] ? r : least;
-            }
+            int least = least(load);
             shares.get(least).add(i);
             load[least] += sequences.get(i).inputTokens();
         }
@@ -37,20 +36,38 @@ final class MicroBatches {
 
     private static List<List<Integer>> pack(List<TrainingSequence> sequences, List<Integer> share, int tokenBudget) {
         List<List<Integer>> batches = new ArrayList<>();
-        List<Integer> room = new ArrayList<>();
+        List<Integer> rest = new ArrayList<>();
+        long tokens = 0;
         for (int i : share) {
-            int tokens = sequences.get(i).inputTokens();
-            int at = 0;
-            while (at < batches.size() && room.get(at) < tokens) {
-                at++;
+            int length = sequences.get(i).inputTokens();
+            if (length > tokenBudget) {
+                batches.add(List.of(i));
+            } else {
+                rest.add(i);
+                tokens += length;
             }
-            if (at == batches.size()) {
-                batches.add(new ArrayList<>());
-                room.add(Math.max(tokenBudget, tokens));
+        }
+        for (int count = Math.toIntExact(Math.ceilDiv(tokens, tokenBudget)); !rest.isEmpty(); count++) {
+            long[] load = new long[count];
+            List<List<Integer>> even = IntStream.range(0, count).<List<Integer>>mapToObj(n -> new ArrayList<>()).toList();
+            for (int i : rest) {
+                int least = least(load);
+                even.get(least).add(i);
+                load[least] += sequences.get(i).inputTokens();
             }
-            batches.get(at).add(i);
-            room.set(at, room.get(at) - tokens);
+            if (Arrays.stream(load).allMatch(n -> n <= tokenBudget)) {
+                batches.addAll(even);
+                break;
+            }
         }
         return batches;
+    }
+
+    private static int least(long[] load) {
+        int least = 0;
+        for (int i = 1; i < load.length; i++) {
+            least = load[i] < load[least] ? i : least;
+        }
+        return least;
     }
 }

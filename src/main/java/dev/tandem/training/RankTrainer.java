@@ -5,6 +5,8 @@ import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
+import dev.tandem.device.TimelineRecorder;
+import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.WeightArena;
 import dev.tandem.parallel.Collectives;
@@ -24,7 +26,9 @@ public final class RankTrainer implements AutoCloseable {
     private final boolean parks;
     private final TrainingModel model;
     private final GradientShard gradients;
+    private final BatchPacker packer;
     private @Nullable ShardedAdamW optimizer;
+    private @Nullable TimelineRecorder recorder;
 
     /**
      * @param arena the weights that are read and written
@@ -46,6 +50,7 @@ public final class RankTrainer implements AutoCloseable {
         this.options = options;
         model = model(arena, decoder);
         gradients = new GradientShard(arena.layout(), collectives, memory);
+        packer = new BatchPacker(memory.device());
     }
 
     private TrainingModel model(WeightArena weights, Decoder decoder) {
@@ -66,8 +71,12 @@ public final class RankTrainer implements AutoCloseable {
      */
     float[][] logprobs(List<TrainingSequence> sequences, @Nullable WeightArena other, double temperature) {
         try (Scope scope = Scope.open()) {
-            PackedBatch batch = PackedBatch.of(sequences, memory.device());
-            float[] flat = model.forward(batch, other == null ? arena : other, temperature).logprob().toFloats();
+            PackedBatch batch = packer.pack(List.of(sequences)).getFirst();
+            Tensor found;
+            try (Span span = recorded("log-probs")) {
+                found = model.forward(batch, other == null ? arena : other, temperature).logprob();
+            }
+            float[] flat = found.toFloats();
             float[][] result = new float[sequences.size()][];
             int n = 0;
             for (int s = 0; s < result.length; s++) {
@@ -91,21 +100,34 @@ public final class RankTrainer implements AutoCloseable {
      */
     Outcome step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
         try (Scope step = Scope.open()) {
+            List<PackedBatch> batches;
+            try (Span span = recorder == null ? Span.NONE : recorder.host("packing")) {
+                batches = packer.pack(microBatches);
+            }
             gradients.clear();
             Tensor total = Tensor.zeros(memory.device(), DType.FLOAT64, 1);
             for (int i = 0; i < rounds; i++) {
-                try (Scope scope = Scope.open()) {
-                    PackedBatch batch =
-                            i < microBatches.size() ? PackedBatch.of(microBatches.get(i), memory.device()) : null;
-                    model.forwardBackward(batch, loss, temperature, gradients, total);
+                try (Scope scope = Scope.open(); Span span = recorded("forward and backward")) {
+                    model.forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
                 }
             }
-            return optimizer().step(gradients, total, lr);
+            try (Span span = recorded("optimizer")) {
+                return optimizer().step(gradients, total, lr);
+            }
         } catch (RuntimeException e) {
             throw memory.explained("training", e);
         } finally {
             model.releaseBuckets();
         }
+    }
+
+    private Span recorded(String name) {
+        return recorder == null ? Span.NONE : recorder.device(name);
+    }
+
+    /** Records the steps from now on, or no longer; on the rank's thread. */
+    public void record(@Nullable TimelineRecorder into) {
+        recorder = into;
     }
 
     /** What all ranks agree on after a step. */
@@ -139,6 +161,7 @@ public final class RankTrainer implements AutoCloseable {
     @Override
     public void close() {
         model.close();
+        packer.close();
         gradients.close();
         if (optimizer != null) {
             optimizer.close();

@@ -13,7 +13,7 @@ import java.util.List;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
-/** Tandem's kernels for training a model on a GPU, and the tables they read. The owner closes it. */
+/** Tandem's kernels for training a model on a GPU, the tables they read, and the attention beside them. The owner closes it. */
 final class TrainingKernels implements AutoCloseable {
     private static final int MOST_RETAINED = 4768;
 
@@ -33,6 +33,7 @@ final class TrainingKernels implements AutoCloseable {
     final Kernel logprobBackward;
     final Kernel logprobBackwardFromLogits;
     final @Nullable RotaryTables rotary;
+    final AttentionChoice attention;
     /** Blocks that share a row of logits. */
     final int rowBlocks;
     /** Vectors of four logits that a block keeps in its shared memory. */
@@ -87,10 +88,12 @@ final class TrainingKernels implements AutoCloseable {
         logprobBackward = modules.get(3).kernel("logprobBackward");
         logprobBackwardFromLogits = modules.get(3).kernel("logprobBackwardFromLogits");
         rotary = RotaryTables.of(config, device);
+        attention = new AttentionChoice(config, device);
     }
 
     @Override
     public void close() {
+        attention.close();
         modules.forEach(KernelModule::close);
         if (rotary != null) {
             rotary.close();

@@ -8,6 +8,8 @@ import dev.tandem.testing.Gpu;
 import java.util.ArrayList;
 import java.util.List;
 import org.junit.jupiter.api.Test;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.ValueSource;
 
 @Gpu
 class CudaVirtualMemoryTest {
@@ -36,12 +38,16 @@ class CudaVirtualMemoryTest {
         }
     }
 
-    /** Real exhaustion: everything but k chunks of the device is taken before the commit of six. */
-    @Test
-    void aCommitThatFailsAtAnyChunkLeavesNothing() {
+    /** Real exhaustion: everything but k chunks of the device is taken before the commit of six, which follow those that are there. */
+    @ParameterizedTest
+    @ValueSource(ints = {0, 2})
+    void aCommitThatFailsAtAnyChunkLeavesWhatWas(int chunks) {
         Cuda.use(CUDA);
-        try (VirtualMemory range = VirtualMemory.reserve(CUDA, 16L << 30)) {
+        try (VirtualMemory range = VirtualMemory.reserve(CUDA, 16L << 30); Scope scope = Scope.open()) {
             long unit = range.granularity();
+            long there = chunks * unit;
+            range.commit(0, there);
+            Tensor kept = range.tensor(DType.FLOAT32, there / 4).fillInPlace(3);
             int wanted = 6;
             for (int possible = 0; possible < wanted; possible++) {
                 Cuda.releaseCached(CUDA);
@@ -62,16 +68,17 @@ class CudaVirtualMemoryTest {
                 }
                 try {
                     long free = Cuda.free(CUDA);
-                    TandemException e = assertThrows(TandemException.class, () -> range.commit(0, wanted * unit));
+                    TandemException e = assertThrows(TandemException.class, () -> range.commit(there, wanted * unit));
                     assertTrue(e.getMessage().contains("missing"), e.getMessage());
                     assertEquals(free, Cuda.free(CUDA));
-                    assertEquals(0, range.committed());
+                    assertEquals(there, range.committed());
                 } finally {
                     ballast.forEach(CudaDriver::releaseMemory);
                 }
-                range.commit(0, wanted * unit);
-                range.release(0, wanted * unit);
+                range.commit(there, wanted * unit);
+                range.release(there, wanted * unit);
             }
+            assertEquals(3.0 * kept.elements(), kept.sum().item(), 1e-3 * kept.elements());
         }
     }
 

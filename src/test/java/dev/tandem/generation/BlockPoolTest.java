@@ -72,6 +72,38 @@ class BlockPoolTest {
         pool.assertInvariants();
     }
 
+    /** Memory behind the extent need not exist. */
+    @Test
+    void takesWhatHasNoPrefixThenLowBlocksAndEvictsLast() {
+        BlockPool pool = new BlockPool(1, 7);
+        assertEquals(1, pool.extent());
+        assertArrayEquals(new int[] {1, 2, 3}, take(pool, 3));
+        assertEquals(4, pool.extent());
+        pool.enter(1, pool.root(), new int[] {1}, 0);
+        pool.release(1);
+        pool.release(2);
+        pool.release(3);
+        assertEquals(6, pool.freeCount());
+        take(pool, 2);
+        assertEquals(4, pool.extent(), "blocks without a prefix come first");
+        pool.assertInvariants();
+        assertArrayEquals(new int[] {4, 5, 6}, take(pool, 3));
+        assertEquals(1, pool.find(pool.root(), new int[] {1}, 0), "a prefix is kept while there is another block");
+        pool.assertInvariants();
+        assertArrayEquals(new int[] {1}, take(pool, 1));
+        assertEquals(BlockPool.NULL_BLOCK, pool.find(pool.root(), new int[] {1}, 0));
+        for (int block = 1; block < 7; block++) {
+            pool.release(block);
+        }
+        pool.reset();
+        assertEquals(1, pool.extent());
+        assertEquals(6, pool.freeCount());
+        assertTrue(pool.shrink(5));
+        pool.grow(7);
+        assertArrayEquals(new int[] {1, 2, 3, 4, 5, 6}, take(pool, 6));
+        pool.assertInvariants();
+    }
+
     @Test
     void verifiesTokensAndPrefix() {
         BlockPool pool = new BlockPool(2, 8);

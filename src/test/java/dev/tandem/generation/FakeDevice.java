@@ -133,7 +133,7 @@ final class FakeDevice {
     }
 
     private void requireHeld(int block) {
-        require(block > 0 && block < pool.blockCount() && pool.references(block) > 0,
+        require(block > 0 && block < pool.extent() && pool.references(block) > 0,
                 "a step in flight uses block " + block + ", which is free or gone");
     }
 

@@ -29,6 +29,8 @@ class SchedulerSimulationTest {
     private long copies;
     private long cached;
     private long dropped;
+    private long readingNew;
+    private long sayingSo;
 
     @Test
     void equalsOneAtATimeDecodingForTwoHundredMixes() {
@@ -44,7 +46,7 @@ class SchedulerSimulationTest {
         for (long seed = 1000; seed < 1200; seed++) {
             run(seed, true, false);
         }
-        assertTrue(preemptions > 100 && forked > 100 && copies > 100 && cached > 1000 && dropped > 100,
+        assertTrue(preemptions > 100 && forked > 100 && copies > 100 && cached > 1000 && dropped > 100 && readingNew > 10,
                 "the mixes exercise too little: " + statistics());
     }
 
@@ -59,7 +61,7 @@ class SchedulerSimulationTest {
 
     private String statistics() {
         return preemptions + " preemptions, " + forked + " forks, " + copies + " copies, " + cached + " cached tokens, " + kvCapacity
-                + " over capacity, " + dropped + " results dropped";
+                + " over capacity, " + dropped + " results dropped, " + readingNew + " steps that read what they write, " + sayingSo + " taken for such";
     }
 
     private void run(long seed, boolean overlap, boolean reserveFull) {
@@ -130,6 +132,7 @@ class SchedulerSimulationTest {
                     assertTrue(plan.totalTokens <= options.tokenBudget(), "over the token budget");
                     copies += plan.copyCount;
                     forked += plan.sampleCount - countSampledRows(plan);
+                    assertOldPagesAreOld(plan);
                     device.launch(plan);
                     scheduler.assertInvariants();
                 }
@@ -148,6 +151,26 @@ class SchedulerSimulationTest {
             assertTrue(live.isEmpty(), "samples were lost: " + live.keySet());
             assertEquals(pool.usableCount(), pool.freeCount(), "blocks were lost");
             assertEquals(0, scheduler.requests().used(), "slots were lost");
+        }
+
+        /** Unless the plan says so, a row of one token reads nothing that others write in the same step. */
+        void assertOldPagesAreOld(StepPlan plan) {
+            int[][] tables = scheduler.requests().blocks;
+            boolean readsNew = false;
+            for (int reader = 0; reader < plan.rowCount; reader++) {
+                for (int writer = 0; plan.granted[reader] == 1 && writer < plan.rowCount; writer++) {
+                    int first = plan.start[writer] / pool.blockSize();
+                    int last = (plan.start[writer] + plan.granted[writer] - 1) / pool.blockSize();
+                    for (int block = first; block <= last && writer != reader; block++) {
+                        for (int read = 0; read <= plan.start[reader] / pool.blockSize(); read++) {
+                            readsNew |= tables[plan.slot[reader]][read] == tables[plan.slot[writer]][block];
+                        }
+                    }
+                }
+            }
+            assertTrue(plan.readsNew || !readsNew, "a row of one token reads what another one writes, and the plan does not say so");
+            readingNew += readsNew ? 1 : 0;
+            sayingSo += plan.readsNew ? 1 : 0;
         }
 
         int countSampledRows(StepPlan plan) {

@@ -26,7 +26,7 @@ import org.apache.commons.math3.random.MersenneTwister;
  * GpuGeneration SHAPE step     a decoding step at short contexts, where attention costs nothing: what everything else costs
  * GpuGeneration SHAPE timeline what the device does in a step: idle, input, forward, sampling, read-back
  * GpuGeneration SHAPE profile1, profile256   a few such steps, to run under a profiler
- * GpuGeneration SHAPE switch   sleep and wake with 8, 32, 64 GiB of KV
+ * GpuGeneration SHAPE switch   sleep and wake with 8, 32, 64 GiB of KV mapped, and with what 256 short requests use
  * </pre>
  */
 final class GpuGeneration {
@@ -122,7 +122,7 @@ final class GpuGeneration {
         say("%s: ms a token at batch 1: %s", shape, Arrays.toString(times));
     }
 
-    /** Sleep and wake at three sizes of the KV cache, and what a thousand cycles leave behind. */
+    /** Sleep and wake at three sizes of the KV cache, all mapped; what a thousand cycles leave behind; and after a rollout. */
     private static void phases(HybridEngine engine, String shape) {
         Device device = Device.cuda(0);
         long blockBytes = engine.plan().generation().get(Use.KV) / engine.plan().kvBlocks();
@@ -135,27 +135,8 @@ final class GpuGeneration {
             }
             engine.wake();
             engine.resizeKv(gib * (1L << 30));
-            for (int pause : new int[] {0, 500}) {
-                double[] sleeps = new double[5];
-                double[] wakes = new double[5];
-                long returned = 0;
-                for (int i = 0; i < sleeps.length; i++) {
-                    long before = Cuda.free(device);
-                    long start = System.nanoTime();
-                    engine.sleep();
-                    sleeps[i] = seconds(start) * 1e3;
-                    returned = Cuda.free(device) - before;
-                    sleepFor(pause);
-                    start = System.nanoTime();
-                    engine.wake();
-                    Cuda.synchronize(device);
-                    wakes[i] = seconds(start) * 1e3;
-                }
-                Arrays.sort(sleeps);
-                Arrays.sort(wakes);
-                say("%s, %d GiB of KV: sleep %.1f ms (%.1f–%.1f), wake %d ms later %.1f ms (%.1f–%.1f), %.2f GiB returned", shape, gib,
-                        sleeps[2], sleeps[0], sleeps[4], pause, wakes[2], wakes[0], wakes[4], returned / 0x1p30);
-            }
+            cycles(engine, "%s, %d GiB of KV".formatted(shape, gib), 0);
+            cycles(engine, "%s, %d GiB of KV".formatted(shape, gib), 500);
             engine.sleep();
         }
         engine.wake();
@@ -170,6 +151,36 @@ final class GpuGeneration {
                 seconds(start), asleep >> 20, Cuda.free(device) >> 20,
                 (Cuda.total(device) - Cuda.free(device) - engine.plan().generation().get(Use.WEIGHTS)) / 0x1p30);
         engine.wake();
+        engine.resizeKv(engine.plan().generation().get(Use.KV));
+        run(engine, shortRequests(REQUESTS, 200));
+        engine.sleep();
+        engine.wake();
+        long used = engine.onEachRank(rank -> rank.memory().held(Use.KV)).getFirst();
+        cycles(engine, "%s, %.2f GiB of KV after a rollout, room for %.1f".formatted(shape, used / 0x1p30,
+                engine.plan().generation().get(Use.KV) / 0x1p30), 0);
+    }
+
+    private static void cycles(HybridEngine engine, String name, int pause) {
+        Device device = Device.cuda(0);
+        double[] sleeps = new double[5];
+        double[] wakes = new double[5];
+        long returned = 0;
+        for (int i = 0; i < sleeps.length; i++) {
+            long before = Cuda.free(device);
+            long start = System.nanoTime();
+            engine.sleep();
+            sleeps[i] = seconds(start) * 1e3;
+            returned = Cuda.free(device) - before;
+            sleepFor(pause);
+            start = System.nanoTime();
+            engine.wake();
+            Cuda.synchronize(device);
+            wakes[i] = seconds(start) * 1e3;
+        }
+        Arrays.sort(sleeps);
+        Arrays.sort(wakes);
+        say("%s: sleep %.1f ms (%.1f–%.1f), wake %d ms later %.1f ms (%.1f–%.1f), %.2f GiB returned", name, sleeps[2], sleeps[0], sleeps[4],
+                pause, wakes[2], wakes[0], wakes[4], returned / 0x1p30);
     }
 
     /** As long as training would take: the driver clears memory that was given back meanwhile. */

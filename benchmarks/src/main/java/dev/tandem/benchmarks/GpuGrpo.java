@@ -5,6 +5,7 @@ import dev.tandem.HybridEngine;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.Timeline;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.LogprobKind;
 import dev.tandem.generation.Prompt;
@@ -50,11 +51,15 @@ final class GpuGrpo {
                 events.startAsync();
                 Random random = new Random(0);
                 for (int i = 0; i < STEPS; i++) {
+                    if (i == STEPS - 1) {
+                        engine.recordTimeline();
+                    }
                     step(engine, shape, i, random);
                 }
+                Timeline timeline = engine.timeline();
                 events.stop();
-                System.out.printf(Locale.ROOT, "%s: phase changes %.3f s a step%n%s%n", shape, switching.sum() / 1e9 / STEPS,
-                        engine.memory());
+                System.out.printf(Locale.ROOT, "%s: phase changes %.3f s a step; of the last step %.1f %% not computing%n%s%n%s%n", shape,
+                        switching.sum() / 1e9 / STEPS, 100 * (1 - timeline.busy() / timeline.end()), timeline, engine.memory());
             }
         }
     }

@@ -44,6 +44,7 @@ final class PredictedMemory {
                     report(shape, "training, " + (even ? "equal" : "unequal") + " lengths", engine.plan().training(), 0, peak());
                 }
                 engine.sleep();
+                engine.resizeKv(engine.plan().generation().get(Use.KV)); // maps all of it, as the plan expects at most
                 engine.wake();
                 Cuda.resetPeak(CUDA);
                 List<Prompt> prompts = new ArrayList<>();
