@@ -40,6 +40,7 @@
 // Launches, in this order, 256 threads each
 //   squares        grid (parts). The same parts always, for the same bits; residentBlocks * multiprocessors (5 * 132 on an H200).
 //   normAndScale   grid (1)
+//   drawMasters    when weights have come from elsewhere: grid of any size, 256 threads
 //   adamw          once for each run of elements with the same decay. Any grid gives the same bits:
 //                  min(ceil(n / (1024 * VECTORS)), residentBlocks * multiprocessors), at least 1.
 //
@@ -336,3 +337,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
         }
     }
 }
+
+// ---- masters ---------------------------------------------------------------------------------------------------------------
+
+#if !WEIGHTS_FLOAT
+// For each bfloat16 weight one of the float32 numbers that round to it, all equally likely; its bits by CounterRandom.bits(seed, 0, index).
+extern "C" __global__ void __launch_bounds__(THREADS) drawMasters(const bf16* weights, float* masters, long long n, u64 seed,
+                                                                  long long index) {
+    followPredecessor();
+    const u64 key = mix((mix(seed + GAMMA) ^ 0) + GAMMA);
+    for (long long i = (long long) blockIdx.x * THREADS + threadIdx.x; i < n; i += (long long) gridDim.x * THREADS) {
+        const u32 bits = (u32) weights[i] << 16;
+        const bool drawn = (bits & 0x7fffffffu) != 0 && (bits & 0x7f800000u) != 0x7f800000u;
+        const int noise = (int) (((u32) mix((key ^ (u64) (index + i)) + GAMMA) & 0xffff) * 0xffffu >> 16) - 0x7fff;
+        masters[i] = __uint_as_float(drawn ? bits + noise : bits);
+    }
+}
+#endif

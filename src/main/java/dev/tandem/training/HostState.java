@@ -102,13 +102,19 @@ final class HostState implements AutoCloseable {
         stream.copy(target + to.second(toElement), source + from.second(fromElement), count * to.moments().bytes());
     }
 
-    /** Takes masters from weights on the device, the first for the element {@code at}. */
-    void refreshMasters(long at, Tensor weights) {
+    /**
+     * Takes masters for weights on the device.
+     *
+     * @param at the first one's place
+     * @param element its number in the model
+     */
+    void refreshMasters(OptimizerKernels kernels, long at, Tensor weights, long element) {
         CudaStream current = CudaStream.current(device);
         for (long from = 0; from < weights.elements(); from += PIECE) {
             long count = Math.min(PIECE, weights.elements() - from);
             try (Scope scope = Scope.open()) {
-                Tensor masters = weights.narrow(0, from, count).to(DType.FLOAT32);
+                Tensor masters = Tensor.empty(device, DType.FLOAT32, count);
+                kernels.drawMasters(weights.narrow(0, from, count), masters.address(), element + from);
                 current.copy(memory.segment().address() + layout.master(at + from), masters.address(), count * Float.BYTES);
             }
         }

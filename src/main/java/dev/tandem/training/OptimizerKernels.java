@@ -13,6 +13,8 @@ import dev.tandem.parallel.Collectives;
 import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
 import java.util.Map;
+import java.util.Objects;
+import org.jspecify.annotations.Nullable;
 
 /**
  * The optimizer step on a GPU ({@code optimizer.cu}): norm, clipping, the check that all is finite, and AdamW, without asking the host.
@@ -34,6 +36,7 @@ final class OptimizerKernels implements AutoCloseable {
     private final Kernel normAndScale;
     private final Kernel adamw;
     private final Kernel adamwAfterCopy;
+    private final @Nullable Kernel drawMasters;
     private final int residentBlocks;
     private final Tensor partial;
     /** The kernel's StepState. */
@@ -50,12 +53,26 @@ final class OptimizerKernels implements AutoCloseable {
         normAndScale = module.kernel("normAndScale");
         adamw = module.kernel("adamw");
         adamwAfterCopy = adamw.afterPredecessor();
+        drawMasters = weights == DType.FLOAT32 ? null : module.kernel("drawMasters");
         int multiprocessors = Cuda.multiprocessors(device);
         residentBlocks = multiprocessors * adamw.residentBlocks(THREADS, 0);
         try (Scope scope = Scope.open()) {
             partial = Tensor.zeros(device, DType.FLOAT64, (long) multiprocessors * PARTS_PER_MULTIPROCESSOR).keep();
             stepState = Tensor.zeros(device, DType.INT32, STATE_BYTES / 4).keep();
         }
+    }
+
+    /**
+     * Draws masters for weights, as {@link RandomRounding#draw}.
+     *
+     * @param weights BFLOAT16
+     * @param masters address of as many FLOAT32 numbers
+     * @param element the number of the first weight in the model
+     */
+    void drawMasters(Tensor weights, long masters, long element) {
+        int blocks = (int) Math.clamp(Math.ceilDiv(weights.elements(), ELEMENTS), 1, residentBlocks);
+        Objects.requireNonNull(drawMasters).launch(device, Grid.of(blocks, THREADS), weights.address(), masters, weights.elements(), seed,
+                element);
     }
 
     /**

@@ -19,8 +19,11 @@ import org.jspecify.annotations.Nullable;
  * AdamW (Loshchilov and Hutter 2019) over this rank's slice of every group, writing the arena in place.
  *
  * <p>In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of the slice is, and its rounding is
- * written to the arena: small updates would be lost otherwise. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}. After the
- * update an in-place all-gather completes the arena on every rank. On the CPU, work goes through in chunks that stay in the cache, so a
+ * written to the arena: small updates would be lost otherwise. A master begins at one of the numbers that round to its weight, drawn at
+ * random. Would it begin at the weight itself, in the middle of what rounds to it, then no weight would move before its master has gone
+ * half a unit in the last place, which at the learning rates of reinforcement learning is a hundred steps away; so as many weights move in
+ * each step as the update is worth. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}. After the update an in-place all-gather
+ * completes the arena on every rank. On the CPU, work goes through in chunks that stay in the cache, so a
  * step reads and writes each number about once; on a GPU it is one pass of {@link OptimizerKernels}. All memory is taken before the first
  * weight is written: a step that runs out of memory has changed nothing.
  *
@@ -117,16 +120,20 @@ final class ShardedAdamW implements AutoCloseable {
         return Objects.requireNonNull(present);
     }
 
-    /** Takes the master weights from the arena again, after weights were loaded into it. */
+    /** Draws the master weights again, after weights were loaded into the arena. */
     void refreshMaster() {
         if (layout.masters()) {
             try (Scope scope = Scope.open()) {
                 for (WeightGroup group : arena.groups()) {
                     Tensor own = group.flat().narrow(0, start(group), length(group));
-                    if (host != null && offset(group) < hostElements) {
-                        host.refreshMasters(offset(group), own);
+                    long element = group.offset() + start(group);
+                    Tensor masters = present();
+                    if (kernels == null) {
+                        RandomRounding.draw(seed, own, masters.narrow(0, offset(group), length(group)), element);
+                    } else if (host != null && offset(group) < hostElements) {
+                        host.refreshMasters(kernels, offset(group), own, element);
                     } else {
-                        present().narrow(0, offset(group) - hostElements, length(group)).copyInPlace(own);
+                        kernels.drawMasters(own, masters.address() + layout.master(offset(group) - hostElements), element);
                     }
                 }
             }
@@ -162,7 +169,7 @@ final class ShardedAdamW implements AutoCloseable {
         }
         on.begin(gradients.all(), loss.to(DType.FLOAT32), collectives);
         for (WeightGroup group : arena.groups()) {
-            group.runs(start(group), start(group) + length(group), (from, to, decays) -> {
+            runs(group, (from, to, decays) -> {
                 long at = offset(group) + from - start(group);
                 long gradient = gradients.all().address() + at * Float.BYTES;
                 long weights = group.flat().address() + from * arena.dtype().bytes();
@@ -189,7 +196,7 @@ final class ShardedAdamW implements AutoCloseable {
             Tensor scratch = Tensor.empty(Device.cpu(), DType.FLOAT32, options.moments() == DType.FLOAT32 ? 1 : 3, chunkSize);
             steps++;
             for (WeightGroup group : arena.groups()) {
-                group.runs(start(group), start(group) + length(group), (from, to, decays) -> {
+                runs(group, (from, to, decays) -> {
                     for (long at = from; at < to; at += chunkSize) {
                         long n = Math.min(chunkSize, to - at);
                         try (Scope chunk = Scope.open()) {
@@ -236,6 +243,16 @@ final class ShardedAdamW implements AutoCloseable {
         }
         if (rounds) {
             new RandomRounding(seed, steps).round(mean, square, first, second, group.offset() + from);
+        }
+    }
+
+    /** This rank's slice of a group in runs of elements that decay alike. */
+    private void runs(WeightGroup group, WeightGroup.RunConsumer runs) {
+        long start = start(group);
+        if (options.decays(true) == options.decays(false)) {
+            runs.accept(start, start + length(group), true);
+        } else {
+            group.runs(start, start + length(group), runs);
         }
     }
 

@@ -1,5 +1,6 @@
 package dev.tandem.training;
 
+import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 
 import dev.tandem.device.Cuda;
@@ -14,7 +15,9 @@ import dev.tandem.model.WeightLayout;
 import dev.tandem.parallel.Collectives;
 import dev.tandem.testing.Gpu;
 import dev.tandem.testing.TinyModels;
+import java.lang.foreign.ValueLayout;
 import java.util.List;
+import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
@@ -63,6 +66,22 @@ class CudaOptimizerTest {
             }
             assertEquals(0, memory.held(Use.OPTIMIZER));
             return arena.groups().stream().map(group -> group.flat().on(Device.cpu())).toList();
+        }
+    }
+
+    @Test
+    void mastersAreThoseOfTheCpu() {
+        try (OptimizerKernels kernels = new OptimizerKernels(CUDA, DType.BFLOAT16, TrainerOptions.defaults(), 9);
+                Scope scope = Scope.open(); Tensor.RandomStream random = new Tensor.RandomStream(1)) {
+            long n = 100_003;
+            Tensor weights = Tensor.empty(CUDA, DType.BFLOAT16, n).normalInPlace(0, 1, random);
+            weights.narrow(0, 0, 2).fillInPlace(0);
+            weights.narrow(0, 2, 1).fillInPlace(Double.NaN);
+            Tensor drawn = Tensor.empty(CUDA, DType.FLOAT32, n);
+            kernels.drawMasters(weights, drawn.address(), 12_345);
+            Tensor expected = Tensor.empty(Device.cpu(), DType.FLOAT32, n);
+            RandomRounding.draw(9, weights.on(Device.cpu()), expected, 12_345);
+            assertArrayEquals(expected.memory().toArray(ValueLayout.JAVA_INT), drawn.on(Device.cpu()).memory().toArray(ValueLayout.JAVA_INT));
         }
     }
 

@@ -70,6 +70,38 @@ class ShardedAdamWTest {
         }
     }
 
+    /** In units of the last place, masters lie evenly over what rounds to their weights. */
+    @Test
+    void mastersRoundToTheirWeights() {
+        int n = 200_000;
+        Random random = new Random(4);
+        try (Scope scope = Scope.open()) {
+            float[] numbers = new float[n];
+            for (int i = 0; i < n; i++) {
+                numbers[i] = (float) (random.nextGaussian() * Math.exp(-20 * random.nextDouble()));
+            }
+            System.arraycopy(new float[] {0, -0.0f, 1, -2, Float.POSITIVE_INFINITY, Float.NaN}, 0, numbers, 0, 6);
+            Tensor weights = Tensor.of(Device.cpu(), numbers).to(DType.BFLOAT16);
+            Tensor masters = Tensor.empty(Device.cpu(), DType.FLOAT32, n);
+            RandomRounding.draw(9, weights, masters, 1000);
+            assertArrayEquals(weights.memory().toArray(ValueLayout.JAVA_SHORT),
+                    masters.to(DType.BFLOAT16).memory().toArray(ValueLayout.JAVA_SHORT));
+            int[] from = weights.to(DType.FLOAT32).memory().toArray(ValueLayout.JAVA_INT);
+            int[] drawn = masters.memory().toArray(ValueLayout.JAVA_INT);
+            assertEquals(from[0], drawn[0]);
+            assertEquals(from[1], drawn[1]);
+            double[] units = IntStream.range(6, n).mapToDouble(i -> (drawn[i] - from[i]) / 65536.0).toArray();
+            double mean = Arrays.stream(units).average().orElseThrow();
+            double square = Arrays.stream(units).map(x -> x * x).average().orElseThrow();
+            System.out.printf("masters: mean %.5f of the last place, mean square %.5f (1/12 expected)%n", mean, square);
+            assertEquals(0, mean, 5 * Math.sqrt(1.0 / 12 / n));
+            assertEquals(1.0 / 12, square, 5 * Math.sqrt(1.0 / 180 / n));
+            Tensor later = Tensor.empty(Device.cpu(), DType.FLOAT32, n - 100);
+            RandomRounding.draw(9, weights.narrow(0, 100, n - 100), later, 1100);
+            assertArrayEquals(Arrays.copyOfRange(drawn, 100, n), later.memory().toArray(ValueLayout.JAVA_INT));
+        }
+    }
+
     @Test
     void roundingKeepsTheMean() {
         int n = 1_000_000;
