@@ -125,7 +125,7 @@ class CudaFaultTest {
         try (HybridEngine engine = HybridEngine.create(TinyModels.published("llama"), null, options);
                 HybridEngine other = HybridEngine.create(TinyModels.published("llama"), null, options)) {
             int[] before = said(engine);
-            engine.resizeKv(256 << 20); // maps all pages, so that training gets their memory and generation gets it back
+            engine.resizeKv(64 << 20); // maps all pages, so that training gets their memory and generation gets it back
             List<Tensor> ballast = ballast(engine, 64 << 20);
             TandemException e = assertThrows(TandemException.class, () -> engine.train(batch));
             assertTrue(e.getMessage().contains("out of memory in training on cuda:0") && e.getMessage().contains("WEIGHTS"), e.getMessage());

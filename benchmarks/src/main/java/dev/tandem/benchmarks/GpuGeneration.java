@@ -92,7 +92,7 @@ final class GpuGeneration {
             }
             requests.add(prompt(i, tokens, 1024));
         }
-        report(engine, shape + " 256 x 1,024/1,024", requests, REQUESTS * 1024L, 3);
+        report(engine, shape + " 256 x 1,024/1,024", requests, REQUESTS * 1024L, 2);
     }
 
     private static void report(HybridEngine engine, String name, List<Prompt> requests, long tokens, int runs) {

@@ -28,7 +28,7 @@ import jdk.jfr.consumer.RecordingStream;
  * up to 1,024 tokens, as the peers' {@code trl_grpo.py}. Seconds by part.
  *
  * <pre>
- * GpuGrpo SHAPE…
+ * GpuGrpo SHAPE[:PROMPTS]…
  * </pre>
  */
 final class GpuGrpo {
@@ -41,7 +41,9 @@ final class GpuGrpo {
     private GpuGrpo() {}
 
     public static void main(String[] args) throws InterruptedException {
-        for (String shape : args) {
+        for (String arg : args) {
+            String shape = arg.split(":")[0];
+            int prompts = arg.contains(":") ? Integer.parseInt(arg.split(":")[1]) : PROMPTS;
             LongAdder switching = new LongAdder();
             try (RecordingStream events = new RecordingStream();
                     HybridEngine engine = HybridEngine.create(Shapes.config(shape).withMaxPositions(2048), null,
@@ -54,7 +56,7 @@ final class GpuGrpo {
                     if (i == STEPS - 1) {
                         engine.recordTimeline();
                     }
-                    step(engine, shape, i, random);
+                    step(engine, shape, i, random, prompts);
                 }
                 Timeline timeline = engine.timeline();
                 events.stop();
@@ -64,9 +66,9 @@ final class GpuGrpo {
         }
     }
 
-    private static void step(HybridEngine engine, String shape, int number, Random random) {
+    private static void step(HybridEngine engine, String shape, int number, Random random, int groupCount) {
         List<Prompt> prompts = new ArrayList<>();
-        for (int p = 0; p < PROMPTS; p++) {
+        for (int p = 0; p < groupCount; p++) {
             int[] tokens = random.ints(random.nextInt(64, 481), 300, 500).toArray();
             for (int s = 0; s < SAMPLES; s++) {
                 prompts.add(new Prompt(prompts.size(), "", tokens, SamplingParams.defaults().ignoreEos(true)
@@ -78,8 +80,8 @@ final class GpuGrpo {
         List<Completion> completions = engine.rollout(prompts, completion -> {});
         long generated = System.nanoTime();
         List<List<Completion>> groups = new ArrayList<>();
-        double[][] rewards = new double[PROMPTS][SAMPLES];
-        for (int p = 0; p < PROMPTS; p++) {
+        double[][] rewards = new double[groupCount][SAMPLES];
+        for (int p = 0; p < groupCount; p++) {
             groups.add(completions.subList(p * SAMPLES, (p + 1) * SAMPLES));
             Arrays.setAll(rewards[p], s -> random.nextDouble());
         }
