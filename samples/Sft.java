@@ -8,6 +8,7 @@ import dev.tandem.model.ChatTemplate;
 import dev.tandem.model.ModelFormatException;
 import dev.tandem.training.LearningRate;
 import dev.tandem.training.TrainerOptions;
+import dev.tandem.training.PendingStep;
 import dev.tandem.training.TrainingSequence;
 import picocli.CommandLine;
 import picocli.CommandLine.Option;
@@ -85,9 +86,14 @@ void run() {
     try (HybridEngine engine = HybridEngine.open(model, options)) {
         List<TrainingSequence> sequences = examples.stream().map(example -> sequence(engine, example)).toList();
         Iterator<TrainingSequence> order = shuffledForEver(sequences, new Random(seed));
-        for (int step = 0; step < total; step++) {
-            List<TrainingSequence> batch = Stream.generate(order::next).limit(batchSize).toList();
-            IO.println(engine.train(batch) + ", " + (step + 1) * 100 / total + " %");
+        PendingStep before = null;
+        for (int step = 0; step <= total; step++) {
+            // The result of a step is asked for when the next one has been begun: a GPU never waits for the line to be printed.
+            PendingStep next = step == total ? null : engine.beginTraining(Stream.generate(order::next).limit(batchSize).toList());
+            if (before != null) {
+                IO.println(before.await() + ", " + step * 100 / total + " %");
+            }
+            before = next;
         }
         if (out != null) {
             engine.save(out);

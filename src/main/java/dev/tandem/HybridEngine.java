@@ -21,6 +21,7 @@ import dev.tandem.model.ModelFolder;
 import dev.tandem.model.Tokenizer;
 import dev.tandem.model.WeightArena;
 import dev.tandem.parallel.Ranks;
+import dev.tandem.training.PendingStep;
 import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TrainStep;
 import dev.tandem.training.Trainer;
@@ -328,10 +329,27 @@ public final class HybridEngine implements AutoCloseable {
     /** {@return one optimizer step, as {@link Trainer#step}; it raises {@link #weightVersion} unless it is skipped} */
     public TrainStep train(List<TrainingSequence> sequences, TokenLoss loss, double temperature) {
         try (Occupancy.Hold hold = occupancy.enter("train")) {
-            var event = new EngineEvents.Step();
-            event.begin();
-            enter(Phase.TRAINING);
-            TrainStep step = trainer.step(sequences, loss, temperature);
+            return begin(sequences, loss, temperature).await();
+        }
+    }
+
+    /**
+     * Begins an optimizer step without waiting until a GPU has computed it. A loop that asks for the result of each step when it has begun
+     * the next leaves the GPU nothing to wait for. Results that nobody has asked for are read when the engine leaves training.
+     *
+     * @return what the step will have done; {@link #weightVersion} is raised when that is known
+     */
+    public PendingStep beginTraining(List<TrainingSequence> sequences, TokenLoss loss, double temperature) {
+        try (Occupancy.Hold hold = occupancy.enter("beginTraining")) {
+            return begin(sequences, loss, temperature);
+        }
+    }
+
+    private PendingStep begin(List<TrainingSequence> sequences, TokenLoss loss, double temperature) {
+        var event = new EngineEvents.Step();
+        event.begin();
+        enter(Phase.TRAINING);
+        return trainer.begin(sequences, loss, temperature, step -> {
             if (!step.skipped()) {
                 weightVersion++;
             }
@@ -341,14 +359,22 @@ public final class HybridEngine implements AutoCloseable {
             event.tokens = step.tokens();
             event.skipped = step.skipped();
             event.commit();
-            return step;
-        }
+        });
     }
 
     /** {@return one optimizer step of supervised training: the mean negative log-probability of the trained tokens} */
     public TrainStep train(List<TrainingSequence> sequences) {
+        return train(sequences, supervised(sequences), 1);
+    }
+
+    /** {@return as {@link #beginTraining(List, TokenLoss, double)}, a step of supervised training} */
+    public PendingStep beginTraining(List<TrainingSequence> sequences) {
+        return beginTraining(sequences, supervised(sequences), 1);
+    }
+
+    private static TokenLoss supervised(List<TrainingSequence> sequences) {
         long tokens = sequences.stream().mapToLong(TrainingSequence::trainedTokens).sum();
-        return train(sequences, t -> t.logprob().sum().mul(-1.0 / tokens), 1);
+        return t -> t.logprob().sum().mul(-1.0 / tokens);
     }
 
     /** {@return for each sequence the log-probabilities of its trained tokens by the training-side forward pass, zero elsewhere} */
@@ -445,6 +471,7 @@ public final class HybridEngine implements AutoCloseable {
         if (wanted == Phase.TRAINING) {
             plan.requireTraining();
         }
+        trainer.settle();
         var event = new PhaseChange();
         event.begin();
         Phase from = phase;
@@ -673,6 +700,7 @@ public final class HybridEngine implements AutoCloseable {
         try (Occupancy.Hold hold = occupancy.enter("close")) {
             phase = Phase.CLOSED;
             try {
+                trainer.settle();
                 onFirstRank(model -> {
                     record(model, null);
                     return true;

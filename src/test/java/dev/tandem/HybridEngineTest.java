@@ -17,6 +17,8 @@ import dev.tandem.model.ModelConfig;
 import dev.tandem.model.ParameterRole;
 import dev.tandem.testing.Fixture;
 import dev.tandem.testing.NativeObjects;
+import dev.tandem.training.PendingStep;
+import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TrainStep;
 import dev.tandem.training.TrainerOptions;
 import dev.tandem.training.TrainingSequence;
@@ -63,6 +65,32 @@ class HybridEngineTest {
 
     private static List<TrainingSequence> batch(long seed) {
         return prompts(5, seed).stream().map(tokens -> TrainingSequence.of(tokens, 3, 1)).toList();
+    }
+
+    @Test
+    void stepsCanBeReadLate() {
+        try (HybridEngine one = fixture("qwen3"); HybridEngine late = fixture("qwen3")) {
+            List<TrainStep> expected = new ArrayList<>();
+            List<PendingStep> begun = new ArrayList<>();
+            for (int i = 0; i < 5; i++) {
+                TokenLoss loss = i == 2 ? t -> t.logprob().sum().mul(Double.NaN) : t -> t.logprob().sum().mul(-0.01);
+                expected.add(one.train(batch(i), loss, 1));
+                begun.add(late.beginTraining(batch(i), loss, 1));
+                assertTrue(late.weightVersion() >= Math.max(0, i - 2), "no more than two steps are on their way");
+            }
+            assertEquals(Phase.TRAINING, late.phase());
+            assertEquals(one.generateTokens(prompts(2, 3), GREEDY).getFirst().tokens().length,
+                    late.generateTokens(prompts(2, 3), GREEDY).getFirst().tokens().length);
+            assertEquals(4, late.weightVersion(), "four of five steps, though nobody has asked");
+            for (int i = 0; i < 5; i++) {
+                TrainStep step = begun.get(i).await();
+                assertEquals(expected.get(i).step(), step.step());
+                assertEquals(expected.get(i).loss(), step.loss());
+                assertEquals(expected.get(i).gradientNorm(), step.gradientNorm());
+                assertEquals(i == 2, step.skipped());
+                assertEquals(step, begun.get(i).await());
+            }
+        }
     }
 
     @Test

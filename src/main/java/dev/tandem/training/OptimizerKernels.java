@@ -1,19 +1,22 @@
 package dev.tandem.training;
 
 import dev.tandem.device.Cuda;
+import dev.tandem.device.CudaEvent;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.KernelModule.Source;
+import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
 import dev.tandem.parallel.Collectives;
-import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
+import java.util.List;
 import java.util.Map;
 import java.util.Objects;
+import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -41,6 +44,8 @@ final class OptimizerKernels implements AutoCloseable {
     private final Tensor partial;
     /** The kernel's StepState. */
     private final Tensor stepState;
+    private final List<ReadBack> readBacks;
+    private int turn;
 
     /** @param seed of the random bits by which BFLOAT16 moments are rounded */
     OptimizerKernels(Device device, DType weights, TrainerOptions options, long seed) {
@@ -60,6 +65,7 @@ final class OptimizerKernels implements AutoCloseable {
             partial = Tensor.zeros(device, DType.FLOAT64, (long) multiprocessors * PARTS_PER_MULTIPROCESSOR).keep();
             stepState = Tensor.zeros(device, DType.INT32, STATE_BYTES / 4).keep();
         }
+        readBacks = List.of(ReadBack.of(device), ReadBack.of(device));
     }
 
     /**
@@ -109,16 +115,42 @@ final class OptimizerKernels implements AutoCloseable {
                 options.beta2(), options.epsilon(), decay, 0, seed, element, stepState.address());
     }
 
-    /** {@return what the step that was begun last has come to; waits for it} */
-    RankTrainer.Outcome outcome(double loss) {
-        try (Scope scope = Scope.open()) {
-            MemorySegment found = stepState.on(Device.cpu()).memory();
-            return new RankTrainer.Outcome(loss, found.get(ValueLayout.JAVA_FLOAT, NORM), found.get(ValueLayout.JAVA_INT, APPLIED) != 0);
+    /**
+     * {@return what the step that was begun last will have come to; whoever asks waits for the device, and asks before the next but one}
+     *
+     * @param loss FLOAT64 [1]
+     */
+    Supplier<RankTrainer.Outcome> outcome(Tensor loss) {
+        ReadBack into = readBacks.get(turn++ % readBacks.size());
+        into.state.copyFrom(device, stepState.address(), STATE_BYTES);
+        into.loss.copyFrom(device, loss.address(), Double.BYTES);
+        into.done.record();
+        return into::outcome;
+    }
+
+    /** Where the result of every other step comes to on the host. */
+    private record ReadBack(PinnedMemory state, PinnedMemory loss, CudaEvent done) {
+        static ReadBack of(Device device) {
+            return new ReadBack(new PinnedMemory(device, STATE_BYTES), new PinnedMemory(device, Double.BYTES), new CudaEvent(device, false));
+        }
+
+        RankTrainer.Outcome outcome() {
+            done.await();
+            return new RankTrainer.Outcome(loss.segment().get(ValueLayout.JAVA_DOUBLE, 0), state.segment().get(ValueLayout.JAVA_FLOAT, NORM),
+                    state.segment().get(ValueLayout.JAVA_INT, APPLIED) != 0);
+        }
+
+        void close() {
+            done.await();
+            state.close();
+            loss.close();
+            done.close();
         }
     }
 
     @Override
     public void close() {
+        readBacks.forEach(ReadBack::close);
         module.close();
         partial.close();
         stepState.close();

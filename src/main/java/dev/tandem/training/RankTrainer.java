@@ -11,6 +11,7 @@ import dev.tandem.model.Decoder;
 import dev.tandem.model.WeightArena;
 import dev.tandem.parallel.Collectives;
 import java.util.List;
+import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
 
 /** One rank's part of training: its model, its gradients, its slice of the optimizer. Confined to the rank's thread. */
@@ -96,9 +97,9 @@ public final class RankTrainer implements AutoCloseable {
      * Accumulates gradients over micro-batches and, if they are finite, updates the weights.
      *
      * @param microBatches this rank's; every rank takes part in {@code rounds} rounds of reductions
-     * @return loss summed over the ranks, and the norm before clipping
+     * @return what the step will have come to, to be asked on this thread before the next but one is begun
      */
-    Outcome step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
+    Supplier<Outcome> step(List<List<TrainingSequence>> microBatches, int rounds, TokenLoss loss, double temperature, double lr) {
         try (Scope step = Scope.open()) {
             List<PackedBatch> batches;
             try (Span span = recorder == null ? Span.NONE : recorder.host("packing")) {
@@ -130,7 +131,13 @@ public final class RankTrainer implements AutoCloseable {
         recorder = into;
     }
 
-    /** What all ranks agree on after a step. */
+    /**
+     * What all ranks agree on after a step.
+     *
+     * @param loss summed over the ranks
+     * @param norm of the gradients before clipping
+     * @param applied whether the weights were updated
+     */
     record Outcome(double loss, double norm, boolean applied) {}
 
     private ShardedAdamW optimizer() {

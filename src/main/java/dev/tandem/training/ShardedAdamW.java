@@ -13,6 +13,7 @@ import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.parallel.Collectives;
 import java.util.Objects;
+import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -145,8 +146,9 @@ final class ShardedAdamW implements AutoCloseable {
      *
      * @param gradients accumulated over the step; may be scaled in place
      * @param loss FLOAT64 [1], this rank's
+     * @return what the step will have come to, to be asked on this thread before the next but one
      */
-    RankTrainer.Outcome step(GradientShard gradients, Tensor loss, double lr) {
+    Supplier<RankTrainer.Outcome> step(GradientShard gradients, Tensor loss, double lr) {
         try (Scope scope = Scope.open()) {
             collectives.allReduce(loss);
             if (kernels != null) {
@@ -158,11 +160,12 @@ final class ShardedAdamW implements AutoCloseable {
             if (finite) {
                 onCpu(gradients, lr, norm > options.clip() ? options.clip() / (norm + 1e-6) : 1);
             }
-            return new RankTrainer.Outcome(sum, norm, finite);
+            RankTrainer.Outcome outcome = new RankTrainer.Outcome(sum, norm, finite);
+            return () -> outcome;
         }
     }
 
-    private RankTrainer.Outcome onDevice(OptimizerKernels on, GradientShard gradients, Tensor loss, double lr) {
+    private Supplier<RankTrainer.Outcome> onDevice(OptimizerKernels on, GradientShard gradients, Tensor loss, double lr) {
         Tensor resident = present();
         if (host != null) {
             host.begin();
@@ -187,7 +190,7 @@ final class ShardedAdamW implements AutoCloseable {
             });
             collectives.allGather(group.flat());
         }
-        return on.outcome(loss.item());
+        return on.outcome(loss);
     }
 
     private void onCpu(GradientShard gradients, double lr, double scale) {

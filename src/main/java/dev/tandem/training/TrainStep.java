@@ -9,7 +9,7 @@ package dev.tandem.training;
  * @param lr the learning rate
  * @param skipped whether loss or gradient was not finite and the weights were left alone
  * @param tokens that the model read
- * @param seconds from packing to the last weight
+ * @param seconds from packing until this was known
  */
 public record TrainStep(long step, double loss, double gradientNorm, double lr, boolean skipped, long tokens, double seconds) {
     @Override

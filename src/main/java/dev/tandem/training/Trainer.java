@@ -1,8 +1,12 @@
 package dev.tandem.training;
 
 import dev.tandem.parallel.Ranks;
+import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Deque;
 import java.util.List;
+import java.util.function.Consumer;
+import java.util.function.Supplier;
 import java.util.stream.IntStream;
 import org.jspecify.annotations.Nullable;
 
@@ -11,6 +15,8 @@ import org.jspecify.annotations.Nullable;
  * backward passes and update its slice of the weights. Called from one thread at a time.
  */
 public final class Trainer {
+    private static final int MOST_BEGUN = 2;
+
     private final Ranks ranks;
     private final List<RankTrainer> trainers;
     private final TrainerOptions options;
@@ -18,6 +24,8 @@ public final class Trainer {
     private final int maxPositions;
     private long steps;
     private long skipped;
+    /** Steps that may not have ended, the earliest first. */
+    private final Deque<PendingStep> begun = new ArrayDeque<>();
 
     /**
      * @param ranks where to train
@@ -42,20 +50,40 @@ public final class Trainer {
      * @return what happened; a step whose loss or gradient is not finite is skipped and leaves weights and moments alone
      */
     public TrainStep step(List<TrainingSequence> sequences, TokenLoss loss, double temperature) {
+        return begin(sequences, loss, temperature, step -> {}).await();
+    }
+
+    /**
+     * Begins a step as {@link #step}, without waiting until a GPU has computed it; waits for the step before the last one, though, so that
+     * no more than two are on their way.
+     *
+     * @param ended told what the step did as soon as that is known, by the thread that waits for it
+     * @return what will have happened
+     */
+    public PendingStep begin(List<TrainingSequence> sequences, TokenLoss loss, double temperature, Consumer<TrainStep> ended) {
         long start = System.nanoTime();
         checkTemperature(temperature);
         List<TrainingSequence> used = checked(sequences);
         List<List<List<Integer>>> shares = MicroBatches.cut(used, options.microBatchTokens(), ranks.count());
         int rounds = shares.stream().mapToInt(List::size).max().orElse(0);
         double lr = options.lr().at(steps);
-        List<RankTrainer.Outcome> outcomes = ranks.onEach(rank -> trainers.get(rank.index())
+        if (begun.size() == MOST_BEGUN) {
+            begun.poll().await();
+        }
+        List<Supplier<RankTrainer.Outcome>> outcomes = ranks.onEach(rank -> trainers.get(rank.index())
                 .step(batches(used, shares.get(rank.index())), rounds, loss, temperature, lr));
-        RankTrainer.Outcome outcome = outcomes.getFirst();
-        steps++;
-        skipped += outcome.applied() ? 0 : 1;
+        long number = ++steps;
         long tokens = used.stream().mapToLong(TrainingSequence::inputTokens).sum();
-        return new TrainStep(steps, outcome.loss(), outcome.norm(), lr, !outcome.applied(), tokens,
-                (System.nanoTime() - start) / 1e9);
+        PendingStep next = new PendingStep(() -> {
+            RankTrainer.Outcome outcome = ranks.onEach(rank -> outcomes.get(rank.index()).get()).getFirst();
+            skipped += outcome.applied() ? 0 : 1;
+            TrainStep step = new TrainStep(number, outcome.loss(), outcome.norm(), lr, !outcome.applied(), tokens,
+                    (System.nanoTime() - start) / 1e9);
+            ended.accept(step);
+            return step;
+        });
+        begun.add(next);
+        return next;
     }
 
     /**
@@ -82,6 +110,13 @@ public final class Trainer {
             return true;
         });
         return result;
+    }
+
+    /** Waits for all steps that were begun. */
+    public void settle() {
+        for (PendingStep step = begun.poll(); step != null; step = begun.poll()) {
+            step.await();
+        }
     }
 
     private static List<List<TrainingSequence>> batches(List<TrainingSequence> sequences, List<List<Integer>> share) {
@@ -123,8 +158,9 @@ public final class Trainer {
         return steps;
     }
 
-    /** {@return how many steps were skipped because loss or gradient was not finite} */
+    /** {@return how many steps were skipped because loss or gradient was not finite; waits for those that were begun} */
     public long skipped() {
+        settle();
         return skipped;
     }
 }

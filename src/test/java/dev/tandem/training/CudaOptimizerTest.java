@@ -59,7 +59,7 @@ class CudaOptimizerTest {
                             optimizer.refreshMaster();
                         }
                         Tensor loss = Tensor.zeros(CUDA, DType.FLOAT64, 1);
-                        assertEquals(step != SKIPPED, optimizer.step(gradients, loss, step < STEPS - 1 ? 0.01 : 1).applied());
+                        assertEquals(step != SKIPPED, optimizer.step(gradients, loss, step < STEPS - 1 ? 0.01 : 1).get().applied());
                         assertEquals(state, memory.held(Use.OPTIMIZER));
                     }
                 }

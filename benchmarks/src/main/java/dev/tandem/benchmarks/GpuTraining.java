@@ -7,6 +7,7 @@ import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.model.ModelConfig;
+import dev.tandem.training.PendingStep;
 import dev.tandem.training.TrainingSequence;
 import java.util.ArrayList;
 import java.util.Arrays;
@@ -70,10 +71,19 @@ final class GpuTraining {
             engine.train(batch);
         }
         Cuda.resetPeak(CUDA);
+        // A loop of training: each result is read when the next step has been begun.
         double[] seconds = new double[STEPS];
+        engine.train(batch);
+        long last = System.nanoTime();
+        PendingStep before = engine.beginTraining(batch);
         for (int i = 0; i < STEPS; i++) {
-            seconds[i] = engine.train(batch).seconds();
+            PendingStep next = engine.beginTraining(batch);
+            before.await();
+            before = next;
+            seconds[i] = (System.nanoTime() - last) / 1e9;
+            last = System.nanoTime();
         }
+        before.await();
         Arrays.sort(seconds);
         double median = (seconds[STEPS / 2 - 1] + seconds[STEPS / 2]) / 2;
         ModelConfig config = engine.config();
