@@ -37,11 +37,13 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
     private static final int COMFORTABLE_TOKENS = 1024;
 
     /**
-     * Plans a rank's memory. Where training does not fit, the engine can still generate, and no memory is set aside for training.
+     * Plans a rank's memory, as an engine of these options does before it allocates anything. Where training does not fit, the engine can
+     * still generate, and no memory is set aside for training.
      *
+     * @param config such as {@link ModelConfig#read} finds in a folder
      * @throws TandemException with the table when not even generation fits
      */
-    static MemoryPlan of(ModelConfig config, EngineOptions options) {
+    public static MemoryPlan of(ModelConfig config, EngineOptions options) {
         long available = options.devices().stream().mapToLong(DeviceMemory::available).min().orElseThrow();
         return of(config, options, available, ProcessMemory.available());
     }
@@ -95,6 +97,11 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
             throw new TandemException("generation does not fit into %.1f MiB a rank:%n%s".formatted(limit / 0x1p20, plan));
         }
         return plan;
+    }
+
+    /** {@return whether training fits} */
+    public boolean trains() {
+        return total(training) <= limit && hostOptimizer <= hostLimit;
     }
 
     /** Refuses training, with the table, when it does not fit. */

@@ -2,7 +2,9 @@ package dev.tandem.device;
 
 import java.lang.foreign.Arena;
 import java.lang.foreign.SymbolLookup;
+import java.util.ArrayDeque;
 import java.util.Arrays;
+import java.util.Deque;
 import java.util.HashMap;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
@@ -31,6 +33,7 @@ public final class CudnnAttention implements AutoCloseable {
     private final Shape shape;
     private final long handle;
     private final Map<Bucket, Plans> plans = new HashMap<>();
+    private final Deque<Runnable> owned = new ArrayDeque<>();
     /** Elements of a token's queries, keys, log-sum-exps. */
     private final Tensor rowSizes;
 
@@ -136,11 +139,12 @@ public final class CudnnAttention implements AutoCloseable {
         Cuda.use(device);
         this.device = device;
         shape = new Shape(heads, kvHeads, headDim, scale);
-        try (Scope scope = Scope.open()) {
-            rowSizes = Tensor.of(device, (long) heads * headDim, (long) kvHeads * headDim, heads).unsqueeze(1).keep();
-        }
         handle = Cudnn.createHandle();
-        try {
+        owned.push(() -> Cudnn.destroyHandle(handle));
+        try (Scope scope = Scope.open()) {
+            Tensor sizes = Tensor.of(device, (long) heads * headDim, (long) kvHeads * headDim, heads).unsqueeze(1).keep();
+            owned.push(sizes::close);
+            rowSizes = sizes;
             plans(Bucket.of());
         } catch (RuntimeException e) {
             close();
@@ -263,7 +267,7 @@ public final class CudnnAttention implements AutoCloseable {
     public void close() {
         plans.values().forEach(Plans::close);
         plans.clear();
-        rowSizes.close();
-        Cudnn.destroyHandle(handle);
+        owned.forEach(Runnable::run);
+        owned.clear();
     }
 }

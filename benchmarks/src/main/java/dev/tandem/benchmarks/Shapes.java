@@ -28,6 +28,16 @@ final class Shapes {
                      "num_attention_heads":12,"num_key_value_heads":2,"intermediate_size":8960,"vocab_size":151936,
                      "tie_word_embeddings":true,"max_position_embeddings":32768,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
                      "hidden_act":"silu"}""");
+            case "qwen3-4b" -> read("""
+                    {"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":2560,"num_hidden_layers":36,
+                     "num_attention_heads":32,"num_key_value_heads":8,"head_dim":128,"intermediate_size":9728,"vocab_size":151936,
+                     "tie_word_embeddings":true,"max_position_embeddings":40960,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+                     "hidden_act":"silu","attention_bias":false}""");
+            case "qwen3-14b" -> read("""
+                    {"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":5120,"num_hidden_layers":40,
+                     "num_attention_heads":40,"num_key_value_heads":8,"head_dim":128,"intermediate_size":17408,"vocab_size":151936,
+                     "tie_word_embeddings":false,"max_position_embeddings":40960,"rope_theta":1000000.0,"rms_norm_eps":1e-6,
+                     "hidden_act":"silu","attention_bias":false}""");
             case "qwen3-8b" -> read("""
                     {"architectures":["Qwen3ForCausalLM"],"model_type":"qwen3","hidden_size":4096,"num_hidden_layers":36,
                      "num_attention_heads":32,"num_key_value_heads":8,"head_dim":128,"intermediate_size":12288,"vocab_size":151936,
