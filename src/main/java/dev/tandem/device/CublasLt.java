@@ -14,17 +14,16 @@ import java.lang.foreign.SymbolLookup;
 import java.lang.foreign.ValueLayout;
 import java.lang.invoke.MethodHandle;
 import java.util.ArrayList;
+import java.util.HexFormat;
 import java.util.List;
-import java.util.Map;
-import java.util.concurrent.ConcurrentHashMap;
+import org.jspecify.annotations.Nullable;
 
 /**
  * Matrix products on a GPU with an algorithm that was chosen by timing.
  *
  * <p>cuBLAS picks an algorithm from the sizes by rules of thumb, which are good for large matrices; for the few rows of a decoding step its
  * first choice can take three times as long as its fourth. Here the candidates are timed once for each size, in the way they are used
- * (one after the other in a graph, over weights that are not in the cache), and the fastest is kept for the life of the process, so that
- * equal inputs go on giving equal results. Sums are kept in float32 throughout.
+ * (one after the other in a graph, over weights that are not in the cache), and the fastest is kept in the {@link TuningCache}. Sums are kept in float32 throughout.
  *
  * <p>Confined to the thread of its device. The owner closes it.
  */
@@ -63,16 +62,18 @@ public final class CublasLt implements AutoCloseable {
     private static final MethodHandle PREFERENCE_DESTROY = function("cublasLtMatmulPreferenceDestroy", JAVA_LONG);
     private static final MethodHandle HEURISTIC = function("cublasLtMatmulAlgoGetHeuristic", JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG,
             JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_INT, ADDRESS, ADDRESS);
+    private static final MethodHandle CHECK = function("cublasLtMatmulAlgoCheck", JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG,
+            JAVA_LONG, ADDRESS, ADDRESS);
+    private static final MethodHandle GET_VERSION =
+            LINKER.downcallHandle(LIBRARY.findOrThrow("cublasLtGetVersion"), FunctionDescriptor.of(JAVA_LONG));
     private static final MethodHandle MATMUL = function("cublasLtMatmul", JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG,
             JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG, ADDRESS, JAVA_LONG, JAVA_LONG, JAVA_LONG);
-
-    /** What has been chosen in this process. */
-    private static final Map<Key, Choice> CHOSEN = new ConcurrentHashMap<>();
 
     private final Device device;
     private final Arena arena = Arena.ofShared();
     private final long handle;
     private final Tensor workspace;
+    private final TuningCache choices;
     private final MemorySegment one;
     private final MemorySegment zero;
 
@@ -80,6 +81,7 @@ public final class CublasLt implements AutoCloseable {
     public CublasLt(Device device) {
         this.device = device;
         Cuda.use(device);
+        choices = TuningCache.of(device);
         handle = create("cublasLtCreate", out -> (int) CREATE.invokeExact(out));
         try (Scope scope = Scope.open()) {
             workspace = Tensor.empty(device, DType.FLOAT32, WORKSPACE / 4).keep();
@@ -152,6 +154,33 @@ public final class CublasLt implements AutoCloseable {
                     outLayout, out, outLayout, algorithm, workspace.address(), WORKSPACE, stream));
         }
 
+        /** Takes an algorithm that was chosen before. {@return whether there is one, and the library accepts it} */
+        private boolean restore(@Nullable String known) {
+            if (known == null) {
+                return false;
+            }
+            try (Arena local = Arena.ofConfined()) {
+                int space = known.indexOf(' ');
+                float time = Float.parseFloat(known.substring(0, space));
+                byte[] bytes = HexFormat.of().parseHex(known.substring(space + 1));
+                if (bytes.length != ALGORITHM_BYTES) {
+                    return false;
+                }
+                MemorySegment algorithm = arena.allocate(ALGORITHM_BYTES, 16).copyFrom(MemorySegment.ofArray(bytes));
+                MemorySegment result = local.allocate(RESULT_BYTES, 16);
+                call("cublasLtMatmulAlgoCheck", () -> (int) CHECK.invokeExact(handle, description, weightLayout, rowLayout, outLayout,
+                        outLayout, algorithm, result));
+                if (result.get(JAVA_LONG, RESULT_WORKSPACE) > WORKSPACE) {
+                    return false;
+                }
+                chosen = algorithm;
+                milliseconds = time;
+                return true;
+            } catch (IllegalArgumentException | IndexOutOfBoundsException | CudaException e) {
+                return false; // something else is written there, or the library has changed
+            }
+        }
+
         /** Times all candidates, over each of {@code weights} in turn, and keeps the fastest. {@code out} is overwritten. */
         private void tune(long x, long[] weights, long out) {
             milliseconds = Float.POSITIVE_INFINITY;
@@ -200,22 +229,22 @@ public final class CublasLt implements AutoCloseable {
      */
     public Product tune(int m, int n, int k, long x, long[] weights, long out, long outStride, DType outType) {
         Product product = new Product(m, n, k, outStride, outType);
-        Key key = new Key(device, m, n, k, outStride, outType);
-        Choice known = CHOSEN.get(key);
-        if (known == null) {
+        String question = "cuBLAS " + m + " " + n + " " + k + " " + outStride + " " + outType;
+        if (!product.restore(choices.find(question))) {
             product.tune(x, weights, out);
-            CHOSEN.put(key, new Choice(product.chosen.toArray(ValueLayout.JAVA_BYTE), product.milliseconds));
-        } else {
-            product.chosen = arena.allocateFrom(ValueLayout.JAVA_BYTE, known.algorithm);
-            product.milliseconds = known.milliseconds;
+            choices.keep(question, product.milliseconds + " " + HexFormat.of().formatHex(product.chosen.toArray(ValueLayout.JAVA_BYTE)));
         }
         return product;
     }
 
-    @SuppressWarnings("ArrayRecordComponent")
-    private record Choice(byte[] algorithm, float milliseconds) {}
-
-    private record Key(Device device, int m, int n, int k, long outStride, DType outType) {}
+    /** {@return the library's version} */
+    static long version() {
+        try {
+            return (long) GET_VERSION.invokeExact();
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
 
     private long layout(int type, long rows, long columns, long stride) {
         return create("cublasLtMatrixLayoutCreate", out -> (int) LAYOUT_CREATE.invokeExact(out, type, rows, columns, stride));

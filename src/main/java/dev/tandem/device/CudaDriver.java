@@ -33,6 +33,8 @@ final class CudaDriver {
     private static final SymbolLookup DRIVER = SymbolLookup.libraryLookup("libcuda.so.1", Arena.global());
 
     private static final MethodHandle GET_ERROR_NAME = function("cuGetErrorName", JAVA_INT, ADDRESS);
+    private static final MethodHandle GET_VERSION = function("cuDriverGetVersion", ADDRESS);
+    private static final MethodHandle GET_NAME = function("cuDeviceGetName", ADDRESS, JAVA_INT, JAVA_INT);
     private static final MethodHandle GET_DEVICE = function("cuDeviceGet", ADDRESS, JAVA_INT);
     private static final MethodHandle GET_ATTRIBUTE = function("cuDeviceGetAttribute", ADDRESS, JAVA_INT, JAVA_INT);
     private static final MethodHandle SYNCHRONIZE = function("cuCtxSynchronize");
@@ -86,6 +88,7 @@ final class CudaDriver {
 
     /** Attributes of a device, by the driver's numbers. */
     static final int MULTIPROCESSORS = 16;
+    private static final int NAME_BYTES = 256;
     static final int CAPABILITY_MAJOR = 75;
     static final int CAPABILITY_MINOR = 76;
     static final int SHARED_MEMORY_PER_BLOCK = 97;
@@ -97,6 +100,30 @@ final class CudaDriver {
             int handle = out.get(JAVA_INT, 0);
             check("cuDeviceGetAttribute", (int) GET_ATTRIBUTE.invokeExact(out, attribute, handle));
             return out.get(JAVA_INT, 0);
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** {@return the driver's version, such as 13000} */
+    static int version() {
+        try (Arena arena = Arena.ofConfined()) {
+            MemorySegment out = arena.allocate(JAVA_INT);
+            check("cuDriverGetVersion", (int) GET_VERSION.invokeExact(out));
+            return out.get(JAVA_INT, 0);
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** {@return a device's name, such as NVIDIA H200} */
+    static String name(int device) {
+        try (Arena arena = Arena.ofConfined()) {
+            MemorySegment handle = arena.allocate(JAVA_INT);
+            check("cuDeviceGet", (int) GET_DEVICE.invokeExact(handle, device));
+            MemorySegment name = arena.allocate(NAME_BYTES);
+            check("cuDeviceGetName", (int) GET_NAME.invokeExact(name, NAME_BYTES, handle.get(JAVA_INT, 0)));
+            return name.getString(0);
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }

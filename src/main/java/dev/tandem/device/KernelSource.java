@@ -28,6 +28,9 @@ record KernelSource(String name, Map<String, String> macros) {
     private static final System.Logger LOG = System.getLogger(KernelSource.class.getName());
     private static final Pattern INCLUDE = Pattern.compile("(?m)^#include \"([^\"]+)\"");
 
+    private static final List<String> TIMED = List.of("common.cuh", "hopper.cuh", "vectors.cuh", "decode_product.cu", "few_rows.cu", "layer.cu",
+            "decode_attention.cu");
+
     KernelSource {
         macros = Map.copyOf(macros);
     }
@@ -86,12 +89,19 @@ record KernelSource(String name, Map<String, String> macros) {
         });
     }
 
-    private static Path cache() {
+    /** {@return the folder where machine code is kept} */
+    static Path cache() {
         String folder = System.getProperty("dev.tandem.kernelCache");
         return folder != null ? Path.of(folder) : Path.of(System.getProperty("user.home"), ".cache", "tandem", "kernels");
     }
 
-    private static String hash(String... parts) {
+    /** {@return the texts of all kernels and headers that generation times} */
+    static String everything() {
+        return String.join("\n", TIMED.stream().map(KernelSource::resource).toList());
+    }
+
+    /** {@return a hash of texts, in hexadecimal digits} */
+    static String hash(String... parts) {
         try {
             MessageDigest digest = MessageDigest.getInstance("SHA-256");
             for (String part : parts) {

@@ -16,6 +16,7 @@ import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import dev.tandem.device.TuningCache;
 import dev.tandem.generation.StepLayout.Field;
 import dev.tandem.generation.StepTimeline.Part;
 import dev.tandem.model.ModelConfig;
@@ -27,7 +28,6 @@ import java.util.Deque;
 import java.util.List;
 import java.util.Map;
 import java.util.TreeMap;
-import java.util.concurrent.ConcurrentHashMap;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -38,7 +38,7 @@ import org.jspecify.annotations.Nullable;
  *
  * <p>Decoding steps are launched as CUDA graphs. A graph has a fixed number of rows, so there is one for each of a few sizes (a step takes
  * the next larger one; padding rows do nothing), captured when its size is met first. Where there are several ways to multiply, a graph of
- * each is timed then, and the choice holds for the life of the process, so that equal inputs go on giving equal results. All graphs share
+ * each is timed then, unless the {@link TuningCache} knows which is the fastest. All graphs share
  * the buffers of {@link CudaDecoder}. Graphs hold addresses, and those of weights, pages and buffers never change, so graphs survive sleep,
  * wake and optimizer steps. Sampling follows outside the graph, because which kernels it needs depends on the requests.
  */
@@ -48,10 +48,6 @@ final class CudaExecutor implements StepExecutor {
 
     /** Blocks that keep a GPU busy while it reads logits. */
     private static final int SAMPLING_BLOCKS = 1056;
-
-    private record Step(Device device, ModelConfig config, int rows) {}
-
-    private static final Map<Step, Integer> FASTEST = new ConcurrentHashMap<>();
 
     private final Device device;
     private final DeviceMemory memory;
@@ -202,12 +198,14 @@ final class CudaExecutor implements StepExecutor {
         graph.launch(device);
     }
 
-    /** Captures a step of that many rows in the way to multiply that is the fastest, in this process's experience. */
+    /** Captures a step of that many rows in the way to multiply that is the fastest. */
     private CudaGraph fastest(int size) {
         List<CudaProducts.Way> ways = decoder.ways(size);
-        Step step = new Step(device, config, size);
-        Integer known = ways.size() == 1 ? Integer.valueOf(0) : FASTEST.get(step);
-        if (known != null) {
+        TuningCache choices = TuningCache.of(device);
+        String question = "step of " + size + " of " + ways.size() + " " + config;
+        int known = ways.size() == 1 ? 0 : known(choices.find(question), ways.size());
+        if (known >= 0) {
+            choices.save();
             return captured(size, ways.get(known));
         }
         List<CudaGraph> candidates = new ArrayList<>();
@@ -221,10 +219,21 @@ final class CudaExecutor implements StepExecutor {
                 best = time < least ? i : best;
                 least = Math.min(least, time);
             }
-            FASTEST.put(step, best);
+            choices.keep(question, "" + best);
+            choices.save();
             return candidates.remove(best);
         } finally {
             candidates.forEach(CudaGraph::close);
+        }
+    }
+
+    /** {@return the number that was kept, or -1} */
+    private static int known(@Nullable String kept, int count) {
+        try {
+            int number = kept == null ? -1 : Integer.parseInt(kept);
+            return number < count ? number : -1;
+        } catch (NumberFormatException e) {
+            return -1;
         }
     }
 

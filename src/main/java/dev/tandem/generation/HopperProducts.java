@@ -8,6 +8,7 @@ import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.KernelModule.Source;
 import dev.tandem.device.TensorMap;
+import dev.tandem.device.TuningCache;
 import java.lang.foreign.Arena;
 import java.util.ArrayList;
 import java.util.Comparator;
@@ -16,7 +17,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.Objects;
 import java.util.TreeSet;
-import java.util.concurrent.ConcurrentHashMap;
+import org.jspecify.annotations.Nullable;
 
 /**
  * Products of some 8 to 256 rows with a weight matrix on a Hopper GPU: {@code decode_product.cu}, which starts to read the weights while
@@ -40,10 +41,9 @@ final class HopperProducts implements AutoCloseable {
     /** Two blocks of so many bytes fit a multiprocessor: the next product's weights then arrive during this one. */
     private static final int HALF_SHARED_BYTES = 104000;
 
-    private static final Map<Key, Choice> CHOSEN = new ConcurrentHashMap<>();
-
     private final Device device;
     private final int multiprocessors;
+    private final TuningCache choices;
     private final Arena arena = Arena.ofShared();
     private final Map<Variant, KernelModule> modules = new HashMap<>();
 
@@ -95,13 +95,32 @@ final class HopperProducts implements AutoCloseable {
         }
     }
 
-    private record Key(Device device, Kind kind, int rows, int n, int k) {}
+    private record Choice(Variant variant, float milliseconds) {
+        @Override
+        public String toString() {
+            return milliseconds + " " + variant.tile + " " + variant.rows + " " + variant.split + " " + variant.stages;
+        }
 
-    private record Choice(Variant variant, float milliseconds) {}
+        /** {@return what {@link #toString} wrote, or null} */
+        static @Nullable Choice read(@Nullable String text) {
+            String[] parts = text == null ? new String[0] : text.split(" ");
+            if (parts.length != 5) {
+                return null;
+            }
+            try {
+                Variant variant = new Variant(Integer.parseInt(parts[1]), Integer.parseInt(parts[2]), Integer.parseInt(parts[3]),
+                        Integer.parseInt(parts[4]));
+                return variant.possible() ? new Choice(variant, Float.parseFloat(parts[0])) : null;
+            } catch (NumberFormatException e) {
+                return null;
+            }
+        }
+    }
 
     HopperProducts(Device device) {
         this.device = device;
         multiprocessors = Cuda.multiprocessors(device);
+        choices = TuningCache.of(device);
     }
 
     /** {@return whether a device has what the kernel needs} */
@@ -175,8 +194,8 @@ final class HopperProducts implements AutoCloseable {
      */
     Product tune(Kind kind, int rows, int n, int k, long x, long[] weights, long out, long stride) {
         int size = next(CLASSES, rows);
-        Key key = new Key(device, kind, size, n, k);
-        Choice known = CHOSEN.get(key);
+        String question = "product " + kind + " " + size + " " + n + " " + k;
+        Choice known = Choice.read(choices.find(question));
         if (known != null) {
             return new Product(known, kind, rows, n, k, stride);
         }
@@ -197,7 +216,7 @@ final class HopperProducts implements AutoCloseable {
                 }
             }
         }
-        CHOSEN.put(key, Objects.requireNonNull(best));
+        choices.keep(question, Objects.requireNonNull(best).toString());
         return new Product(best, kind, rows, n, k, stride);
     }
 
