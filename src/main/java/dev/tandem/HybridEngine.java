@@ -6,7 +6,6 @@ import dev.tandem.device.ProcessMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Timeline;
-import dev.tandem.device.TimelineRecorder;
 import dev.tandem.device.TimelineRecorder.Span;
 import dev.tandem.generation.Completion;
 import dev.tandem.generation.Generator;
@@ -33,7 +32,6 @@ import java.util.ArrayList;
 import java.util.Comparator;
 import java.util.List;
 import java.util.Map;
-import java.util.Optional;
 import java.util.SplittableRandom;
 import java.util.function.Consumer;
 import java.util.function.Function;
@@ -66,7 +64,7 @@ public final class HybridEngine implements AutoCloseable {
     private volatile long weightVersion;
     /** A seed for each call that generates: a request without its own is sampled anew each time it is made. */
     private final SplittableRandom seeds;
-    private volatile @Nullable TimelineRecorder recorder;
+    private final EngineTimeline timeline;
     private boolean hasReference;
     private int kvBlocks;
 
@@ -91,6 +89,7 @@ public final class HybridEngine implements AutoCloseable {
         }
         trainer = new Trainer(ranks, models.stream().map(ModelRank::trainer).toList(), options.training(), config.vocabSize(),
                 config.maxPositions());
+        timeline = new EngineTimeline(ranks, models.getFirst());
         change(Phase.GENERATION);
     }
 
@@ -536,11 +535,7 @@ public final class HybridEngine implements AutoCloseable {
     public void recordTimeline() {
         try (Occupancy.Hold hold = occupancy.enter("recordTimeline")) {
             requireOpen();
-            onFirstRank(model -> {
-                record(model, null);
-                record(model, new TimelineRecorder(model.rank().device()));
-                return true;
-            });
+            timeline.begin();
         }
     }
 
@@ -552,39 +547,13 @@ public final class HybridEngine implements AutoCloseable {
     public Timeline timeline() {
         try (Occupancy.Hold hold = occupancy.enter("timeline")) {
             requireOpen();
-            TimelineRecorder current = recorder;
-            if (current == null) {
-                throw new IllegalStateException("no timeline is recorded: call recordTimeline() before");
-            }
-            Timeline timeline = onFirstRank(model -> {
-                Timeline found = current.finish();
-                record(model, null);
-                return found;
-            });
-            timeline.gaps(5).forEach(EngineEvents.IdleGap::commit);
-            return timeline;
+            return timeline.end();
         }
     }
 
     /** {@return an activity of the calling thread, for the timeline, that lasts until it is closed; nothing happens if none is recorded} */
     public Span activity(String name) {
-        TimelineRecorder current = recorder;
-        return current == null ? Span.NONE : current.host(name);
-    }
-
-    private void record(ModelRank model, @Nullable TimelineRecorder into) {
-        TimelineRecorder before = recorder;
-        recorder = into;
-        model.generator().record(into);
-        model.trainer().record(into);
-        if (before != null) {
-            before.close();
-        }
-    }
-
-    private <T> T onFirstRank(Function<ModelRank, T> function) {
-        return ranks.onEach(rank -> rank.index() == 0 ? Optional.of(function.apply(models.getFirst())) : Optional.<T>empty()).getFirst()
-                .orElseThrow();
+        return timeline.activity(name);
     }
 
     private void requireOpen() {
@@ -701,10 +670,7 @@ public final class HybridEngine implements AutoCloseable {
             phase = Phase.CLOSED;
             try {
                 trainer.settle();
-                onFirstRank(model -> {
-                    record(model, null);
-                    return true;
-                });
+                timeline.forget();
                 onEachModel(ModelRank::close);
             } finally {
                 ranks.close();
