@@ -27,8 +27,10 @@ import java.util.Map;
  */
 public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, int hostGroups,
         long hostOptimizer, long parked, long hostLimit, long activationBudget) {
-    /** A rank that is told nothing takes this share of the available memory. */
-    private static final double SHARE = 0.8;
+    /** A rank that is told nothing takes this share of the available memory; other programs live in the machine's too. */
+    private static final double CPU_SHARE = 0.8;
+
+    private static final double GPU_SHARE = 0.9;
 
     /** On a CPU, pages are only backed when they are used, but more than this is rarely wanted by default. */
     private static final long DEFAULT_KV_BYTES = 1L << 30;
@@ -60,7 +62,7 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         boolean shared = options.devices().getFirst().isCpu();
         long limit = options.memoryLimit() > 0
                 ? options.memoryLimit()
-                : available == Long.MAX_VALUE ? Long.MAX_VALUE : (long) (available * SHARE / (shared ? ranks : 1));
+                : available == Long.MAX_VALUE ? Long.MAX_VALUE : (long) (shared ? available * CPU_SHARE / ranks : available * GPU_SHARE);
         Device device = options.devices().getFirst();
         long weights = layout.length() * options.dtype().bytes();
         long workspace = Generator.workspaceBytes(config, device, options.dtype(), options.generation());
