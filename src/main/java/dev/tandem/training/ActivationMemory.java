@@ -40,9 +40,11 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
             long head = device.isCpu()
                     ? 2 * Math.min(options.logitBytes(), tokens * config.vocabSize() * Float.BYTES)
                     : KernelLogprobHead.bytes(tokens, config.vocabSize(), options) + CUBLAS_WORKSPACE;
-            // A backward pass makes about as much as a layer keeps, and a layer that runs again keeps that too; the head has gone then.
+            // A layer's backward pass makes about as much as the layer keeps, on a GPU twice that (of it attention, with sums of gradients in
+            // FLOAT32, nearly half), and a layer that runs again keeps that too; the head has gone then.
             long layer = tokens * layerBytes();
-            return inputs + recordedLayers * layer + Math.max(head, (recordedLayers < config.layers() ? 2 : 1) * layer);
+            int made = device.isCpu() ? 1 : 2;
+            return inputs + recordedLayers * layer + Math.max(head, (recordedLayers < config.layers() ? made + 1 : made) * layer);
         }
         long inputs = (config.layers() + 1L) * tokens * config.hiddenSize() * dtype.bytes();
         long graphs = Math.max(1, recordedLayers) * tokens * layerBytes();
