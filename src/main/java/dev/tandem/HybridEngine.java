@@ -669,9 +669,12 @@ public final class HybridEngine implements AutoCloseable {
         try (Occupancy.Hold hold = occupancy.enter("close")) {
             phase = Phase.CLOSED;
             try {
-                trainer.settle();
-                timeline.forget();
-                onEachModel(ModelRank::close);
+                try {
+                    trainer.settle();
+                    timeline.forget();
+                } finally {
+                    onEachModel(ModelRank::close);
+                }
             } finally {
                 ranks.close();
                 if (tokenizer != null) {

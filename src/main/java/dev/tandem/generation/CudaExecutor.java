@@ -60,6 +60,7 @@ final class CudaExecutor implements StepExecutor {
     /** Closed with this, or when it cannot be completed. */
     private final Deque<Runnable> owned = new ArrayDeque<>();
 
+    private final TuningCache choices;
     private final CudaKernels kernels;
     private final Tensor scaledSums;
     private final Tensor rawSums;
@@ -81,6 +82,7 @@ final class CudaExecutor implements StepExecutor {
         this.cache = cache;
         device = memory.device();
         config = arena.layout().config();
+        choices = TuningCache.of(device);
         maxRows = options.maxRunning();
         int tiles = Math.ceilDiv(config.vocabSize(), TILE);
         try (Scope scope = Scope.open()) {
@@ -201,7 +203,6 @@ final class CudaExecutor implements StepExecutor {
     /** Captures a step of that many rows in the way to multiply that is the fastest. */
     private CudaGraph fastest(int size) {
         List<CudaProducts.Way> ways = decoder.ways(size);
-        TuningCache choices = TuningCache.of(device);
         String question = "step of " + size + " of " + ways.size() + " " + config;
         int known = ways.size() == 1 ? 0 : known(choices.find(question), ways.size());
         if (known >= 0) {

@@ -59,7 +59,7 @@ public final class PolicyTrainer {
         }
     }
 
-    /** Sets how far generation's log-probs may be from training's, as a mean over a step's tokens in nats; 0.05 unless set; 0: they are not used. */
+    /** Sets how far generation's log-probs may be from training's, as a step's mean in nats: 0.05 unless set; 0: they are not used. */
     public PolicyTrainer logprobGapLimit(double mean) {
         if (!(mean >= 0)) {
             throw new IllegalArgumentException("logprobGapLimit must be at least 0: " + mean);

@@ -13,6 +13,7 @@ import java.lang.foreign.MemorySegment;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
+import java.util.Objects;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -25,12 +26,13 @@ import org.jspecify.annotations.Nullable;
 final class BatchPacker implements AutoCloseable {
     private final Device device;
     private final @Nullable CudaEvent copied;
-    /** Of a GPU: integers and floats on their way. */
-    private @Nullable PinnedMemory longs;
-    private @Nullable PinnedMemory floats;
+    private final Staging longs;
+    private final Staging floats;
 
     BatchPacker(Device device) {
         this.device = device;
+        longs = new Staging(device);
+        floats = new Staging(device);
         copied = device.isCpu() ? null : new CudaEvent(device, false);
     }
 
@@ -45,8 +47,8 @@ final class BatchPacker implements AutoCloseable {
         Tensor allLongs = Tensor.empty(device, DType.INT64, integers);
         Tensor allFloats = Tensor.empty(device, DType.FLOAT32, numbers);
         await();
-        MemorySegment longSegment = device.isCpu() ? allLongs.memory() : staging(true, Long.BYTES * integers);
-        MemorySegment floatSegment = device.isCpu() ? allFloats.memory() : staging(false, Float.BYTES * numbers);
+        MemorySegment longSegment = longs.of(allLongs);
+        MemorySegment floatSegment = floats.of(allFloats);
         List<PackedBatch> batches = new ArrayList<>();
         long atLong = 0;
         long atFloat = 0;
@@ -55,13 +57,13 @@ final class BatchPacker implements AutoCloseable {
             Columns columns = new Columns(size, allLongs.narrow(0, atLong, size.integers()), allFloats.narrow(0, atFloat, size.numbers()));
             fill(microBatches.get(i), size, longSegment.asSlice(Long.BYTES * atLong, Long.BYTES * size.integers()),
                     floatSegment.asSlice(Float.BYTES * atFloat, Float.BYTES * size.numbers()));
-            batches.add(columns.batch(microBatches.get(i)));
+            batches.add(columns.batch());
             atLong += size.integers();
             atFloat += size.numbers();
         }
-        if (longs != null && floats != null && copied != null) {
-            longs.copyTo(device, allLongs.address(), 0, Long.BYTES * integers);
-            floats.copyTo(device, allFloats.address(), 0, Float.BYTES * numbers);
+        if (copied != null) {
+            longs.send(allLongs);
+            floats.send(allFloats);
             copied.record();
         }
         return batches;
@@ -73,32 +75,60 @@ final class BatchPacker implements AutoCloseable {
         }
     }
 
-    private MemorySegment staging(boolean integers, long bytes) {
-        PinnedMemory current = integers ? longs : floats;
-        if (current == null || current.segment().byteSize() < bytes) {
-            if (current != null) {
-                current.close();
+    /** Page-locked memory from which a GPU's tensors are copied; a CPU's are written in place. It grows as it is needed. */
+    private static final class Staging implements AutoCloseable {
+        private static final long LEAST = 1 << 16;
+
+        private final Device device;
+        private @Nullable PinnedMemory memory;
+
+        Staging(Device device) {
+            this.device = device;
+        }
+
+        /** {@return where a tensor's numbers are written; nothing must be on its way any more} */
+        MemorySegment of(Tensor tensor) {
+            if (device.isCpu()) {
+                return tensor.memory();
             }
-            current = new PinnedMemory(device, Math.max(bytes, 1 << 16) * 5 / 4);
-            if (integers) {
-                longs = current;
-            } else {
-                floats = current;
+            PinnedMemory current = memory;
+            if (current == null || current.segment().byteSize() < bytes(tensor)) {
+                close();
+                current = new PinnedMemory(device, Math.max(bytes(tensor), LEAST) * 5 / 4);
+                memory = current;
+            }
+            return current.segment();
+        }
+
+        /** Starts the copy of what was written. */
+        void send(Tensor tensor) {
+            Objects.requireNonNull(memory).copyTo(device, tensor.address(), 0, bytes(tensor));
+        }
+
+        private static long bytes(Tensor tensor) {
+            return tensor.elements() * tensor.dtype().bytes();
+        }
+
+        @Override
+        public void close() {
+            if (memory != null) {
+                memory.close();
+                memory = null;
             }
         }
-        return current.segment();
     }
 
     /**
      * How much a micro-batch holds.
      *
+     * @param lengths tokens of each sequence that the model reads
      * @param optional which of old log-probs, reference log-probs and advantages it has
      */
-    private record Sizes(long[] starts, int tokens, int trained, List<Boolean> optional) {
+    private record Sizes(long[] lengths, long[] starts, int tokens, int trained, List<Boolean> optional) {
         static Sizes of(List<TrainingSequence> sequences) {
             TrainingSequence first = sequences.getFirst();
             long[] lengths = sequences.stream().mapToLong(TrainingSequence::inputTokens).toArray();
-            return new Sizes(CudnnAttention.starts(lengths), Math.toIntExact(Arrays.stream(lengths).sum()),
+            return new Sizes(lengths, CudnnAttention.starts(lengths), Math.toIntExact(Arrays.stream(lengths).sum()),
                     sequences.stream().mapToInt(TrainingSequence::trainedTokens).sum(),
                     List.of(first.old() != null, first.reference() != null, first.advantage() != null));
         }
@@ -128,11 +158,11 @@ final class BatchPacker implements AutoCloseable {
             this.floats = floats;
         }
 
-        PackedBatch batch(List<TrainingSequence> sequences) {
-            long[] lengths = sequences.stream().mapToLong(TrainingSequence::inputTokens).toArray();
-            int longest = sequences.stream().mapToInt(TrainingSequence::inputTokens).max().orElse(0);
-            return new PackedBatch(lengths, longest, integers(size.starts.length), integers(size.tokens), integers(size.tokens), integers(size.trained),
-                    integers(size.trained), integers(size.trained), numbers(), optional(0), optional(1), optional(2));
+        PackedBatch batch() {
+            int longest = Math.toIntExact(Arrays.stream(size.lengths).max().orElse(0));
+            return new PackedBatch(size.lengths, longest, integers(size.starts.length), integers(size.tokens), integers(size.tokens),
+                    integers(size.trained), integers(size.trained), integers(size.trained), numbers(), optional(0), optional(1),
+                    optional(2));
         }
 
         private Tensor integers(int count) {
@@ -197,11 +227,7 @@ final class BatchPacker implements AutoCloseable {
         if (copied != null) {
             copied.close();
         }
-        if (longs != null) {
-            longs.close();
-        }
-        if (floats != null) {
-            floats.close();
-        }
+        longs.close();
+        floats.close();
     }
 }

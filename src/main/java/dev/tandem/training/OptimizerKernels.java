@@ -47,7 +47,7 @@ final class OptimizerKernels implements AutoCloseable {
     private final List<ReadBack> readBacks;
     private int turn;
 
-    /** @param seed of the random bits by which BFLOAT16 moments are rounded */
+    /** @param seed by which masters are drawn and BFLOAT16 moments rounded */
     OptimizerKernels(Device device, DType weights, TrainerOptions options, long seed) {
         this.device = device;
         this.options = options;

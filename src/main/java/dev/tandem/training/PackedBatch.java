@@ -1,8 +1,6 @@
 package dev.tandem.training;
 
-import dev.tandem.device.Device;
 import dev.tandem.device.Tensor;
-import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -23,12 +21,4 @@ import org.jspecify.annotations.Nullable;
  * @param advantage FLOAT32 [N] or null
  */
 record PackedBatch(long[] lengths, int longest, Tensor starts, Tensor tokens, Tensor positions, Tensor rows, Tensor targets, Tensor sequence,
-        Tensor weight, @Nullable Tensor old, @Nullable Tensor reference, @Nullable Tensor advantage) {
-
-    /** {@return one micro-batch, copied by itself} */
-    static PackedBatch of(List<TrainingSequence> sequences, Device device) {
-        try (BatchPacker packer = new BatchPacker(device)) {
-            return packer.pack(List.of(sequences)).getFirst();
-        }
-    }
-}
+        Tensor weight, @Nullable Tensor old, @Nullable Tensor reference, @Nullable Tensor advantage) {}

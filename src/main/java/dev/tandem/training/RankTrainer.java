@@ -36,7 +36,7 @@ public final class RankTrainer implements AutoCloseable {
      * @param decoder of the model
      * @param collectives of this rank
      * @param memory the device's ledger
-     * @param seed of the random bits by which BFLOAT16 moments are rounded
+     * @param seed by which masters are drawn and BFLOAT16 moments rounded
      * @param hostGroups of how many groups a GPU's optimizer state stays in host memory
      * @param parks whether the rest of it waits in host memory while {@link #rest resting}
      */

@@ -23,10 +23,11 @@ import org.jspecify.annotations.Nullable;
  * written to the arena: small updates would be lost otherwise. A master begins at one of the numbers that round to its weight, drawn at
  * random. Would it begin at the weight itself, in the middle of what rounds to it, then no weight would move before its master has gone
  * half a unit in the last place, which at the learning rates of reinforcement learning is a hundred steps away; so as many weights move in
- * each step as the update is worth. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}. After the update an in-place all-gather
- * completes the arena on every rank. On the CPU, work goes through in chunks that stay in the cache, so a
- * step reads and writes each number about once; on a GPU it is one pass of {@link OptimizerKernels}. All memory is taken before the first
- * weight is written: a step that runs out of memory has changed nothing.
+ * each step as the update is worth. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}.
+ *
+ * <p>After the update an in-place all-gather completes the arena on every rank. On the CPU, work goes through in chunks that stay in the
+ * cache, so a step reads and writes each number about once; on a GPU it is one pass of {@link OptimizerKernels}. All memory is taken before
+ * the first weight is written: a step that runs out of memory has changed nothing.
  *
  * <p>What a GPU has no room for, the state of the arena's first groups, stays in host memory and passes through the device in each step
  * ({@link HostState}). The rest can be parked: {@link #park} moves it to page-locked host memory, and whatever needs it next brings it
@@ -57,7 +58,7 @@ final class ShardedAdamW implements AutoCloseable {
     private long steps;
 
     /**
-     * @param seed of the random bits by which BFLOAT16 moments are rounded
+     * @param seed by which masters are drawn and BFLOAT16 moments rounded
      * @param hostGroups of how many groups, from the first, a GPU's state stays in host memory
      */
     ShardedAdamW(WeightArena arena, Collectives collectives, DeviceMemory memory, TrainerOptions options, long seed, int hostGroups) {

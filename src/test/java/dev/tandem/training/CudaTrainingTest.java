@@ -58,7 +58,7 @@ class CudaTrainingTest {
             DeviceMemory memory = new DeviceMemory(device);
             try (TrainingModel model = maker.make(arena, decoder, memory);
                     GradientShard gradients = new GradientShard(arena.layout(), Collectives.alone(), memory)) {
-                PackedBatch batch = PackedBatch.of(sequences, device);
+                PackedBatch batch = RankModel.packed(sequences, device);
                 gradients.clear();
                 Tensor loss = Tensor.zeros(device, DType.FLOAT64, 1);
                 for (int i = 0; i < 2; i++) {

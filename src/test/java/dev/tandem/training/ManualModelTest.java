@@ -58,7 +58,7 @@ class ManualModelTest {
                     Decoder decoder = new Decoder(config, CPU, DType.FLOAT32)) {
                 arena.initialize(i, 0.3);
                 DeviceMemory memory = new DeviceMemory(CPU);
-                PackedBatch batch = PackedBatch.of(batch(config, random), CPU);
+                PackedBatch batch = RankModel.packed(batch(config, random), CPU);
                 try (TrainingModel byHand = new ManualModel(arena, decoder, memory, options);
                         TrainingModel recorded = new LayerwiseModel(arena, decoder, memory, options);
                         GradientShard found = new GradientShard(arena.layout(), Collectives.alone(), memory);
@@ -111,7 +111,7 @@ class ManualModelTest {
                 long objects = 0;
                 for (int i = 0; i < 20; i++) {
                     try (Scope scope = Scope.open()) {
-                        model.forwardBackward(PackedBatch.of(batch(config, new Random(i)), CPU), ManualModelTest::loss, 1, gradients,
+                        model.forwardBackward(RankModel.packed(batch(config, new Random(i)), CPU), ManualModelTest::loss, 1, gradients,
                                 Tensor.zeros(CPU, DType.FLOAT64, 1));
                     }
                     objects = i == 4 ? Pointer.totalCount() : objects;

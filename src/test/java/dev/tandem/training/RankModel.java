@@ -1,6 +1,7 @@
 package dev.tandem.training;
 
 import dev.tandem.device.DType;
+import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.ModelConfig;
@@ -62,5 +63,12 @@ final class RankModel implements AutoCloseable {
             arenas.get(rank.index()).close();
             return true;
         });
+    }
+
+    /** {@return one micro-batch, for the innermost scope} */
+    static PackedBatch packed(List<TrainingSequence> sequences, Device device) {
+        try (BatchPacker packer = new BatchPacker(device)) {
+            return packer.pack(List.of(sequences)).getFirst();
+        }
     }
 }

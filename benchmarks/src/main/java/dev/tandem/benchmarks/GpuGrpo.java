@@ -42,9 +42,6 @@ final class GpuGrpo {
     /** Bytes a second that a copy of 2 GiB reads and writes, measured. */
     private static final double COPY = 4.28e12;
 
-    /** Operations a second of bfloat16 products without sparsity, by the datasheet. */
-    private static final double PEAK = 989e12;
-
     private GpuGrpo() {}
 
     public static void main(String[] args) throws InterruptedException {
@@ -90,14 +87,14 @@ final class GpuGrpo {
             longest = Math.max(longest, lengths[i][1]);
         }
         double tokenBytes = 2.0 * config.layers() * config.kvHeads() * config.headDim() * DType.BFLOAT16.bytes();
-        return (context * tokenBytes + (double) longest * parameters * DType.BFLOAT16.bytes()) / COPY + 2.0 * parameters * prompts / PEAK;
+        return (context * tokenBytes + (double) longest * parameters * DType.BFLOAT16.bytes()) / COPY + 2.0 * parameters * prompts / GpuTraining.PEAK;
     }
 
     /** The least seconds of an update: the operations of forward and backward passes, attention's below the diagonal, at the peak. */
     static double updating(ModelConfig config, long parameters, int[][] lengths) {
         double tokens = Arrays.stream(lengths).mapToDouble(n -> n[0] + n[1]).sum();
         double squares = Arrays.stream(lengths).mapToDouble(n -> Math.pow(n[0] + n[1], 2)).sum();
-        return (6.0 * parameters * tokens + 6.0 * config.layers() * config.heads() * config.headDim() * squares) / PEAK;
+        return (6.0 * parameters * tokens + 6.0 * config.layers() * config.heads() * config.headDim() * squares) / GpuTraining.PEAK;
     }
 
     private static void step(HybridEngine engine, String shape, int number, Random random, int groupCount) {
