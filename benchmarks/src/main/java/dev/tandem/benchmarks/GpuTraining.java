@@ -5,6 +5,7 @@ import dev.tandem.HybridEngine;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.Timeline;
 import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.training.PendingStep;
@@ -16,10 +17,12 @@ import java.util.Locale;
 import java.util.Random;
 
 /**
- * An optimizer step on a GPU: random weights in bfloat16, float32 masters and moments, every token trained.
+ * An optimizer step on a GPU: random weights in bfloat16, float32 masters, moments in float32 or bfloat16, every token trained.
  *
  * <pre>
- * GpuTraining SHAPE…      sequences of 4,096 tokens, and as many tokens in sequences of 200 to 1,500: tokens/s, model FLOPs utilisation, memory
+ * GpuTraining [bf16-moments] SHAPE…
+ *     sequences of 4,096 tokens, and as many tokens in sequences of 200 to 1,500: tokens/s, model FLOPs utilisation, memory, milliseconds in
+ *     which the optimizer updates the weights
  * </pre>
  *
  * <p>FLOPs are counted as {@code hf_train.py} of the peers counts them: 6 for each parameter and token, and attention without its mask.
@@ -37,10 +40,12 @@ final class GpuTraining {
     private GpuTraining() {}
 
     public static void main(String[] args) {
-        for (String shape : args) {
+        boolean rounds = args[0].equals("bf16-moments");
+        for (String shape : List.of(args).subList(rounds ? 1 : 0, args.length)) {
             // Room for training: a small KV cache.
             EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
                     .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30);
+            options = options.training(options.training().moments(rounds ? DType.BFLOAT16 : DType.FLOAT32));
             ModelConfig config = Shapes.config(shape).withMaxPositions(LENGTH);
             try (HybridEngine engine = HybridEngine.create(config, null, options)) {
                 Random random = new Random(0);
@@ -84,6 +89,10 @@ final class GpuTraining {
             last = System.nanoTime();
         }
         before.await();
+        engine.recordTimeline();
+        engine.train(batch);
+        double optimizer = engine.timeline().device().stream().filter(i -> i.name().equals("optimizer"))
+                .mapToDouble(Timeline.Interval::milliseconds).sum();
         Arrays.sort(seconds);
         double median = (seconds[STEPS / 2 - 1] + seconds[STEPS / 2]) / 2;
         ModelConfig config = engine.config();
@@ -91,8 +100,8 @@ final class GpuTraining {
         long tokens = batch.stream().mapToLong(s -> s.tokens().length).sum();
         double squares = batch.stream().mapToDouble(s -> (double) s.tokens().length * s.tokens().length).sum();
         double flops = 6.0 * parameters * tokens + 6.0 * config.layers() * config.heads() * config.headDim() * squares;
-        System.out.printf(Locale.ROOT, "%s: %.0f tokens/s, %.3f s a step (%.3f to %.3f), %.1f %% of the peak, %.1f GiB%n", name,
+        System.out.printf(Locale.ROOT, "%s: %.0f tokens/s, %.3f s a step (%.3f to %.3f), %.1f %% of the peak, %.1f GiB, optimizer %.1f ms%n", name,
                 tokens / median, median, seconds[0], seconds[STEPS - 1], 100 * flops / median / PEAK,
-                Cuda.allocator(CUDA).peakAllocated() / 0x1p30);
+                Cuda.allocator(CUDA).peakAllocated() / 0x1p30, optimizer);
     }
 }
