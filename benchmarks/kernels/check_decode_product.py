@@ -77,9 +77,10 @@ def require(code, what):
 def cubin(v):
     library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     read = lambda name: open(os.path.join(FOLDER, name), 'rb').read()
-    library.nvrtcCreateProgram(ctypes.byref(program), read('decode_product.cu'), b'decode_product.cu', 2,
-                               (ctypes.c_char_p * 2)(read('common.cuh'), read('hopper.cuh')),
-                               (ctypes.c_char_p * 2)(b'common.cuh', b'hopper.cuh'))
+    headers = ('common.cuh', 'vectors.cuh', 'hopper.cuh')
+    library.nvrtcCreateProgram(ctypes.byref(program), read('decode_product.cu'), b'decode_product.cu', len(headers),
+                               (ctypes.c_char_p * len(headers))(*[read(name) for name in headers]),
+                               (ctypes.c_char_p * len(headers))(*[name.encode() for name in headers]))
     options = ['--gpu-architecture=sm_90a', '--std=c++17', '-DTILE=%d' % v.tile, '-DROWS=%d' % v.rows, '-DSPLIT=%d' % v.split,
                '-DSTAGES=%d' % v.stages] + (['-DSPIN_LIMIT=100000'] if v.bounded else [])
     code = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[o.encode() for o in options]))

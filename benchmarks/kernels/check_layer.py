@@ -1,4 +1,4 @@
-"""usage: check_layer.py FOLDER      checks and times the kernels of layer.cu (FOLDER has layer.cu, vectors.cuh and common.cuh)"""
+"""usage: check_layer.py FOLDER      checks and times the kernels of layer.cu (FOLDER has layer.cu and the headers)"""
 import math, os, sys
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ def kernel(name, **macros):
     key = tuple(sorted(defaults.items()))
     if key not in modules:
         vectors = read('vectors.cuh').replace('#include "common.cuh"', '')  # after layer.cu's own ROUND_STEPS
-        code = read('common.cuh') + '\n//CUT\n' + read('layer.cu').replace('#include "vectors.cuh"', vectors)
+        code = read('common.cuh') + '\n//CUT\n' + read('layer.cu').replace('#include "vectors.cuh"', vectors).replace(
+            '#include "rotation.cuh"', read('rotation.cuh'))
         modules[key] = cupy.RawModule(code=code, backend='nvrtc',
                                       options=('--std=c++17',) + tuple('-D%s=%s' % i for i in key))
     return modules[key].get_function(name)

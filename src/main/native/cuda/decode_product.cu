@@ -21,8 +21,14 @@
 // stores. In multiplyGated the map of the weights interleaves eight gate rows with the eight up rows that belong to them, so
 // that a lane has both.
 //
+// multiplyRotated goes on from the transposed sums with what rotateAndWrite of layer.cu does to queries, keys and values, and yields
+// its bits; the step saves a kernel. A tile holds whole heads, whose warpgroups share a buffer. All that the epilogue reads beside the
+// sums is under way before these are there: warps that have nothing else to do look up each row's page and have its cosines and sines
+// brought to the L2 cache, and vectors are loaded to registers while the cluster exchanges sums. This kernel admits its successor only
+// once its predecessor is complete, as decode attention, which follows, reads what kernels before this one wrote without waiting.
+//
 // Layouts, row-major: weight [n][k] (multiplyGated [2 n][k], the gates first, n a multiple of 8), x [rows or more][k], both
-// aligned to 16 bytes, k a multiple of 8; out [rows][outStride], of which n columns are written.
+// aligned to 16 bytes, k a multiple of 8; out [rows][outStride], of which n columns are written. multiplyRotated: see there.
 //
 // Tensor maps (cuTensorMapEncodeTiled), all bfloat16 with element strides of 1, no interleave, CU_TENSOR_MAP_SWIZZLE_128B, L2
 // promotion of 128 bytes and no NaN fill; innermost dimension first, strides in bytes without the innermost:
@@ -34,10 +40,10 @@
 // Grid: SPLIT > 1: SPLIT * tiles, in clusters of SPLIT CTAs (the kernel's attribute; the launch needs none);
 //       SPLIT 1: ceil(tiles / ceil(tiles / resident)), resident = CTAs that the device holds at a time.
 // Dynamic shared memory, with E = SPLIT > 1 ? SPLIT * ceil(ROWS / 8 / SPLIT) * 32 * TILE : 0:
-//   1024 + max(STAGES * (TILE + ROWS) * 128, E) + TILE / 64 * 9216, at most 232448 - 256.
-// rows may exceed ROWS (several tiles of rows).
-
-#include "common.cuh"
+//   1024 + max(STAGES * (TILE + ROWS) * 128, E) + TILE / 64 * 9216, in multiplyRotated + 128 * ceil(ROWS / 8 / SPLIT),
+// at most 232448 - 256. rows may exceed ROWS (several tiles of rows).
+//
+// With the macros HEAD_DIM (64, or 128 where TILE is), HEADS, KV_HEADS and BLOCK_SIZE there is multiplyRotated, and nothing else.
 
 #ifndef ROWS
 #define ROWS 64    // of x in a tile: 16, 32, 64, 96, 128, 192 or 256
@@ -52,10 +58,10 @@
 #define STAGES 4   // of the ring, at least 2
 #endif
 #ifndef ROUND_STEPS
-#define ROUND_STEPS 1  // multiplyGated rounds where libtorch's separate operations do (layer.cu)
+#define ROUND_STEPS 1  // the epilogues round where libtorch's separate operations do (layer.cu)
 #endif
 
-#define UNROLL _Pragma("unroll")
+#include "vectors.cuh"
 
 // Columns of an instruction. With three warpgroups ptxas has 128 registers at the entry (before setmaxnreg) and refuses 128 sums.
 #if TILE > 128 && ROWS == 256
@@ -77,12 +83,24 @@ const int OCTETS = ROWS / 8, OWN = (OCTETS + SPLIT - 1) / SPLIT;  // of rows: in
 const int EXCHANGE = SPLIT > 1 ? SPLIT * OWN * CONSUMERS * 16 : 0;
 const int RING = STAGES * STAGE > EXCHANGE ? STAGES * STAGE : EXCHANGE;
 const int STAGING = 4608;                          // bytes of one of a warpgroup's two output buffers
+const int COUNT = 8 * OWN;                         // of rows that a CTA finishes, at most
 
 static_assert(TILE % 64 == 0 && TILE <= 192 && SPLIT <= 8, "weight rows of a tile, CTAs of a cluster");
 
 // ---- results ---------------------------------------------------------------------------------------------------------------
 
-DEVICE float stored(float x) { return ROUND_STEPS ? roundBf16(x) : x; }
+#define METHOD __device__ __forceinline__
+
+// Eight rows of the warp's 16 weight rows, transposed. `to` is the lane's: of row lane % 8, from element lane / 8 % 2 * 8 on.
+DEVICE void storeTransposed(bf16* to, const float (&v)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
+                 ::"r"(sharedAddress(to)), "r"(packBf16(v[0], v[1])), "r"(packBf16(v[2], v[3])) : "memory");
+}
+
+// Threads of which each arrives at one of the named barriers; 0 is that of __syncthreads.
+DEVICE void meet(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
+#ifndef HEAD_DIM
 
 DEVICE float gated(float gate, float up) {
     gate = stored(gate);
@@ -91,11 +109,19 @@ DEVICE float gated(float gate, float up) {
 
 template <typename T, bool GATED>
 struct Output {
+    T* out;
+    long long stride;
+    int n;
+
+    static const bool PAIRS = GATED, ROTATES = false;
     static const int COLUMNS = GATED ? 32 : 64, PITCH = COLUMNS + 16 / sizeof(T), BATCH = 32 * 2 / sizeof(T);
     static_assert(BATCH * PITCH * sizeof(T) <= STAGING, "buffer");
 
+    struct Ahead {};
+    METHOD Ahead ask(const int2*, int) const { return {}; }
+
     // Eight rows of the warp's 16 weight rows, transposed.
-    DEVICE void stage(T* buffer, int row, const float (&v)[4]) {
+    METHOD void stage(T* buffer, int row, const float (&v)[4]) const {
         int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
         if constexpr (sizeof(T) == 4) {
             T* at = buffer + (row + lane % 4 * 2) * PITCH + 16 * warp + lane / 4;
@@ -105,23 +131,19 @@ struct Output {
             asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};"
                          ::"r"(at), "r"(packBf16(gated(v[0], v[2]), gated(v[1], v[3]))) : "memory");
         } else {
-            u32 at = sharedAddress(buffer + (row + lane % 8) * PITCH + 16 * warp + lane / 8 % 2 * 8);
-            asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
-                         ::"r"(at), "r"(packBf16(v[0], v[1])), "r"(packBf16(v[2], v[3])) : "memory");
+            storeTransposed(buffer + (row + lane % 8) * PITCH + 16 * warp + lane / 8 % 2 * 8, v);
         }
     }
 
     // `octets` times eight rows from `firstRow` on, as far as `endRow`, and the warpgroup's columns from `firstColumn` on.
     template <int octets, typename Value>
-    DEVICE void write(unsigned char* staging, T* out, long long stride, int firstRow, int endRow, int firstColumn, int n,
-                             Value value) {
+    METHOD void write(unsigned char* staging, const int2*, const Ahead&, int firstRow, int endRow, int firstColumn, Value value) const {
         const int LANES = 16 / sizeof(T), VECTORS = COLUMNS / LANES, STEP = 128 / VECTORS;
         int group = threadIdx.x / 128, line = threadIdx.x % 128 / VECTORS, at = threadIdx.x % VECTORS * LANES;
         int left = min(endRow - firstRow, 8 * octets) - line, width = min(n - firstColumn - at, LANES);
         bool whole = width == LANES && ((u64) out | stride * sizeof(T)) % 16 == 0;
-        out += (firstRow + line) * stride + firstColumn + at;
-        auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
-        meet();
+        T* corner = out + (firstRow + line) * stride + firstColumn + at;
+        meet(group + 1, 128);
         UNROLL for (int first = 0; first < octets; first += BATCH / 8) {
             T* buffer = reinterpret_cast<T*>(staging + (2 * group + first / (BATCH / 8) % 2) * STAGING);
             UNROLL for (int i = first; i < first + BATCH / 8 && i < octets; i++) {
@@ -130,10 +152,10 @@ struct Output {
                 stage(buffer, 8 * (i - first), v);
             }
             // One barrier suffices: the buffer is written again only after the other one's.
-            meet();
+            meet(group + 1, 128);
             UNROLL for (int i = 0; i < BATCH; i += STEP) {
                 const T* from = buffer + (line + i) * PITCH + at;
-                T* to = out + (8 * first + i) * stride;
+                T* to = corner + (8 * first + i) * stride;
                 if (8 * first + i < left) {
                     if (whole) {
                         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
@@ -148,16 +170,156 @@ struct Output {
     }
 };
 
+#else
+
+#include "rotation.cuh"
+
+struct Rotation {
+    const bf16 *bias, *queryNorm, *keyNorm;
+    float epsilon;
+    const float *cosine, *sine;
+    const int *positions, *slots, *blockTable;
+    int maxBlocksPerSlot;
+    bf16* kv;
+    int layer, layers;
+    bf16* query;
+    const int* tokenCount;
+
+    static const bool PAIRS = false, ROTATES = true;
+    static const int COLUMNS = 64, PITCH = HEAD_DIM + 8, BATCH = 32;
+    static const int TEAM = 2 * HEAD_DIM;  // threads that finish a head: those of its warpgroups
+    static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 && TILE == 128, "whole heads in a tile");
+    static_assert(BATCH * HEAD_LANES == TEAM && BATCH * PITCH * 2 <= STAGING * (HEAD_DIM / 64), "buffer");
+
+    // What is asked for before the sums are there.
+    struct Factors {
+        float cosine[8], sine[8];
+    };
+    struct Ahead {
+        uint4 bias[2], norm[2];
+        Factors factors;
+    };
+
+    // The rows' positions, negative where nothing is to be written, and pages. For idle warps, of which the caller is one of `threads`.
+    METHOD void prepare(int2* places, int thread, int threads, int count, int firstRow, int endRow) const {
+        int end = min(endRow, *tokenCount);
+        for (int i = thread; i < count; i += threads) {
+            int row = firstRow + i, slot = row < end ? slots[row] : -1, position = row < end ? positions[row] : 0;
+            if (slot >= 0 && cosine) {
+                UNROLL for (int j = 0; j < HALF; j += 32) {
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(cosine + (long long) position * HALF + j));
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(sine + (long long) position * HALF + j));
+                }
+            }
+            places[i] = slot < 0 ? make_int2(-1, 0)
+                                 : make_int2(position, blockTable[(long long) slot * maxBlocksPerSlot + position / BLOCK_SIZE]);
+        }
+    }
+
+    // A thread's number that the compiler does not know: nothing that follows from it takes registers during the products.
+    DEVICE int thread() {
+        int x;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+        return x;
+    }
+
+    METHOD Factors factors(int position, int head, int element) const {
+        Factors found;
+        if (cosine && head < HEADS + KV_HEADS && position >= 0) {
+            loadFloats(found.cosine, cosine + (long long) position * HALF + element);
+            loadFloats(found.sine, sine + (long long) position * HALF + element);
+        }
+        return found;
+    }
+
+    // For the warpgroup's columns from `firstColumn` on.
+    METHOD Ahead ask(const int2* places, int firstColumn) const {
+        int head = firstColumn / HEAD_DIM, in = thread() % TEAM, line = in / HEAD_LANES, element = in % HEAD_LANES * 8;
+        Ahead found;
+        if (bias && head < ALL_HEADS) {
+            UNROLL for (int half = 0; half < 2; half++) {
+                found.bias[half] = load(bias + head * HEAD_DIM + element + half * HALF);
+            }
+        }
+        if (queryNorm && head < HEADS + KV_HEADS) {
+            UNROLL for (int half = 0; half < 2; half++) {
+                found.norm[half] = load((head < HEADS ? queryNorm : keyNorm) + element + half * HALF);
+            }
+        }
+        found.factors = factors(line < COUNT ? places[line].x : -1, head, element);
+        return found;
+    }
+
+    template <int octets, typename Value>
+    METHOD void write(unsigned char* staging, const int2* places, const Ahead& ahead, int firstRow, int, int firstColumn,
+                      Value value) const {
+        int all = thread(), head = firstColumn / HEAD_DIM, team = all / TEAM, warp = all % 128 / 32, lane = all % 32;
+        int line = all % TEAM / HEAD_LANES, element = all % HEAD_LANES * 8;
+        bool turns = head < HEADS + KV_HEADS;
+        bf16* buffers = reinterpret_cast<bf16*>(staging + team * (HEAD_DIM / 64 * 2 * STAGING));
+        int stagedAt = lane % 8 * PITCH + firstColumn % HEAD_DIM + 16 * warp + lane / 8 % 2 * 8;
+        Factors next = ahead.factors;
+        // Sums in registers need numbers that are known; those of a cluster are in memory.
+        _Pragma("unroll (SPLIT > 1 ? 1 : octets)") for (int first = 0; first < octets; first += BATCH / 8) {
+            bf16* buffer = buffers + first / (BATCH / 8) % 2 * (BATCH * PITCH);
+            UNROLL for (int i = 0; i < BATCH / 8; i++) {
+                if (first + i < octets) {
+                    float v[4];
+                    value(first + i, v);
+                    storeTransposed(buffer + 8 * i * PITCH + stagedAt, v);
+                }
+            }
+            Factors now = next;
+            int row = 8 * first + line;
+            if (first + BATCH / 8 < octets) {
+                next = factors(row + BATCH < 8 * octets ? places[row + BATCH].x : -1, head, element);
+            }
+            // One barrier suffices, as in Output.
+            meet(team + 1, TEAM);
+            int2 place = row < 8 * octets ? places[row] : make_int2(-1, 0);
+            bool present = place.x >= 0 && head < ALL_HEADS;
+            if (!__any_sync(0xffffffffu, present)) {
+                continue;
+            }
+            float x[2][8];
+            UNROLL for (int half = 0; half < 2; half++) {
+                unpack(x[half], load(buffer + line * PITCH + element + half * HALF));
+                if (bias) {
+                    add(x[half], ahead.bias[half]);
+                }
+            }
+            if (queryNorm && turns) {
+                float factor = normFactor(x, epsilon);
+                scaleBy(x[0], factor, ahead.norm[0]);
+                scaleBy(x[1], factor, ahead.norm[1]);
+            }
+            if (cosine && turns) {
+                storedAll(now.cosine);
+                storedAll(now.sine);
+                rotate(x, now.cosine, now.sine);
+            }
+            if (present) {
+                bf16* to = placeOf(head, firstRow + row, query, place.x, place.y, kv, layer, layers) + element;
+                store(to, pack(x[0]));
+                store(to + HALF, pack(x[1]));
+            }
+        }
+    }
+};
+
+#endif
+
 // ---- the kernel ------------------------------------------------------------------------------------------------------------
 
-template <typename T, bool GATED>
-DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, int rows, int k, int n, long long outStride) {
-    const int COLUMNS = GATED ? TILE / 2 : TILE;  // of out
+template <typename Result>
+DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Result& result, int rows, int k, int n) {
+    const int COLUMNS = GROUPS * Result::COLUMNS;  // of out
     extern __shared__ unsigned char memory[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     u32 full = sharedAddress(barriers), empty = full + 8 * STAGES;
     u32 ring = (sharedAddress(memory) + 1023) & ~1023u;
     unsigned char* staging = memory + (ring - sharedAddress(memory)) + RING;
+    int2* places = reinterpret_cast<int2*>(staging + GROUPS * 2 * STAGING);  // Rotation's, twice
 
     int part = blockIdx.x % SPLIT, blocks = (k + BLOCK - 1) / BLOCK;
     int firstBlock = blocks * part / SPLIT, steps = blocks * (part + 1) / SPLIT - firstBlock;
@@ -165,19 +327,23 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
     int firstTile = blockIdx.x / SPLIT, stride = SPLIT > 1 ? tiles : gridDim.x;
     auto firstColumn = [&](int tile) { return tile / rowTiles * COLUMNS; };
     auto firstRow = [&](int tile) { return tile % rowTiles * ROWS; };
+    auto endRow = [&](int tile) { return min(rows, firstRow(tile) + ROWS); };
+    auto finishedRow = [&](int tile) { return firstRow(tile) + part * OWN * 8; };  // the first that this CTA finishes
 
     auto loadWeights = [&](int stage, int tile, int step) {
         u64 policy = rowTiles == 1 ? EVICT_FIRST : EVICT_NORMAL;
         u32 to = ring + stage * STAGE, barrier = full + 8 * stage;
         expectBytes(barrier, STAGE);
-        if (GATED) {
+        if (Result::PAIRS) {
             copyPairs(to, weight, (firstBlock + step) * BLOCK, firstColumn(tile) / 8, barrier, policy);
         } else {
             copyTile(to, weight, (firstBlock + step) * BLOCK, firstColumn(tile), barrier, policy);
         }
     };
 
-    asm volatile("griddepcontrol.launch_dependents;");
+    if (!Result::ROTATES) {
+        admitSuccessor();
+    }
     int early = firstTile < tiles ? min(STAGES, steps) : 0;
     bool producer = threadIdx.x == CONSUMERS;
     if (producer) {
@@ -192,7 +358,10 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
         asm volatile("prefetch.tensormap [%0];" ::"l"(x) : "memory");
     }
     __syncthreads();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    awaitPredecessor();
+    if (Result::ROTATES) {
+        admitSuccessor();
+    }
 
     int stage = 0;
     u32 phase = 0;
@@ -216,6 +385,15 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
                 }
             }
         }
+        if constexpr (Result::ROTATES) {
+            int idle = threadIdx.x - CONSUMERS - 32;
+            for (int tile = firstTile, half = 0; tile < tiles && idle >= 0; tile += stride, half ^= 1) {
+                result.prepare(places + half * COUNT, idle, 96, COUNT, finishedRow(tile), endRow(tile));
+                if (SPLIT == 1) {
+                    meet(GROUPS + 1, CONSUMERS + 96);  // the consumers are done with the other half
+                }
+            }
+        }
         __syncwarp();
         if (SPLIT > 1) {
             clusterSync();
@@ -233,7 +411,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * stage) : "memory");
         }
     };
-    for (int tile = firstTile; tile < tiles; tile += stride) {
+    for (int tile = firstTile, half = 0; tile < tiles; tile += stride, half ^= 1) {
         float c[PIECES][WIDTH / 2];
         UNROLL for (int i = 0; i < ROWS / 2; i++) {
             c[i / (WIDTH / 2)][i % (WIDTH / 2)] = 0.0f;
@@ -262,10 +440,13 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
             release(previous);
         }
 
-        int column = firstColumn(tile) + group * (COLUMNS / GROUPS), row = firstRow(tile);
-        int end = min(rows, row + ROWS);
+        int column = firstColumn(tile) + group * Result::COLUMNS, row = finishedRow(tile), end = endRow(tile);
         if (SPLIT == 1) {
-            Output<T, GATED>::template write<OCTETS>(staging, out, outStride, row, end, column, n, [&](int i, float (&v)[4]) {
+            if (Result::ROTATES) {
+                meet(GROUPS + 1, CONSUMERS + 96);  // the places are there
+            }
+            auto ahead = result.ask(places + half * COUNT, column);
+            result.template write<OCTETS>(staging, places + half * COUNT, ahead, row, end, column, [&](int i, float (&v)[4]) {
                 UNROLL for (int j = 0; j < 4; j++) {
                     v[j] = c[i / (WIDTH / 8)][i % (WIDTH / 8) * 4 + j];
                 }
@@ -278,10 +459,10 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
                 asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
                              ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
             }
+            auto ahead = result.ask(places, column);
             clusterSync();
             const float4* parts = reinterpret_cast<const float4*>(staging - RING) + threadIdx.x;
-            Output<T, GATED>::template write<OWN>(staging, out, outStride, row + part * OWN * 8, end, column, n,
-                                                  [&](int i, float (&v)[4]) {
+            result.template write<OWN>(staging, places, ahead, row, end, column, [&](int i, float (&v)[4]) {
                 float4 sum = parts[i * CONSUMERS];
                 UNROLL for (int j = 1; j < SPLIT; j++) {
                     float4 other = parts[(j * OWN + i) * CONSUMERS];
@@ -289,13 +470,14 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
                 }
                 v[0] = sum.x, v[1] = sum.y, v[2] = sum.z, v[3] = sum.w;
             });
+            return;
         }
     }
 }
 
-#define MULTIPLY(type, gated) multiplyTiles<type, gated>(&x, &weight, out, rows, k, n, outStride)
+#define MULTIPLY(...) multiplyTiles(&x, &weight, __VA_ARGS__, rows, k, n)
 #else
-#define MULTIPLY(type, gated) asm("trap;")
+#define MULTIPLY(...) asm("trap;")
 #endif
 
 #if SPLIT > 1 && defined(HOPPER)
@@ -304,19 +486,35 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, T* out, i
 #define KERNEL extern "C" __global__ void __launch_bounds__(2 * TILE + 128, 1)
 #endif
 
+#ifndef HEAD_DIM
+
 KERNEL multiply(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
                 int outStride) {
-    MULTIPLY(bf16, false);
+    MULTIPLY((Output<bf16, false> {out, outStride, n}));
 }
 
 // For logits.
 KERNEL multiplyToFloat(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float* out, int rows, int k,
                        int n, long long outStride) {
-    MULTIPLY(float, false);
+    MULTIPLY((Output<float, false> {out, outStride, n}));
 }
 
 // out = silu(gate) * up.
 KERNEL multiplyGated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
                      int outStride) {
-    MULTIPLY(bf16, true);
+    MULTIPLY((Output<bf16, true> {out, outStride, n}));
 }
+
+#else
+
+// n = (HEADS + 2 * KV_HEADS) * HEAD_DIM: queries, keys and values of the tokens of a step, one in each row of x. What becomes of them is
+// written at rotateAndWrite (layer.cu), whose arguments these are. Rows from *tokenCount on and those of slot -1 write nothing.
+KERNEL multiplyRotated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, int rows, int k, int n,
+                       const bf16* qkvBias, const bf16* queryNorm, const bf16* keyNorm, float epsilon, const float* cosine,
+                       const float* sine, const int* positions, const int* tokenSlot, const int* blockTable, int maxBlocksPerSlot,
+                       bf16* kv, int layer, int layers, bf16* query, const int* tokenCount) {
+    MULTIPLY((Rotation {qkvBias, queryNorm, keyNorm, epsilon, cosine, sine, positions, tokenSlot, blockTable, maxBlocksPerSlot, kv, layer,
+                        layers, query, tokenCount}));
+}
+
+#endif

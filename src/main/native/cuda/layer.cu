@@ -11,7 +11,7 @@
 // can serve any number up to its grid; threads beyond leave. A row's result depends on that row alone, bit for bit.
 //   embed, residualNorm, gatherNorm: block (32 * ceil(width / 1024), y), grid ceil(rows / y). A row belongs to the threads of
 //       one threadIdx.y; y must be 1 unless a warp suffices for the row. Many narrow rows: y = 4; few: y = 1, spreading them.
-//   rotateAndWrite: block 256, grid ceil(T * UNITS * LANES / 256), for the macros UNITS and LANES below.
+//   rotateAndWrite: block 256, grid ceil(T * UNITS * HEAD_LANES / 256), for UNITS below and HEAD_LANES of rotation.cuh.
 //   activate: block 256, grid ceil(T * width / 4096).
 // Widths are multiples of 8, at most 16,384.
 //
@@ -175,32 +175,11 @@ extern "C" __global__ void gatherNorm(const bf16* residual, const bf16* addend, 
 
 // ---- queries and keys: bias, norm, rotation, cache -------------------------------------------------------------------------
 
-#define HALF (HEAD_DIM / 2)
-// Threads of a head: each has eight elements of its first half and their partners in the second, so that the rotation needs
-// no exchange. A power of two, for the norm's shuffles; of HEAD_DIM 96 two in eight idle.
-#define LANES (HEAD_DIM == 64 ? 4 : HEAD_DIM <= 128 ? 8 : 16)
-#define ALL_HEADS (HEADS + 2 * KV_HEADS)
+#include "rotation.cuh"
+
 // Heads of one token that a thread treats: cosines and sines are read once for them, and more bytes are under way.
 #define HEADS_PER_THREAD 2
 #define UNITS ((ALL_HEADS + HEADS_PER_THREAD - 1) / HEADS_PER_THREAD)
-
-DEVICE void scaleBy(float (&x)[8], float factor, const bf16* weight) {
-    float w[8];
-    unpack(w, load(weight));
-    UNROLL for (int i = 0; i < 8; i++) {
-        x[i] = stored(x[i] * factor * w[i]);
-    }
-}
-
-DEVICE void loadFactors(float (&x)[8], const float* from) {
-    UNROLL for (int i = 0; i < 8; i += 4) {
-        float4 four = *reinterpret_cast<const float4*>(from + i);
-        x[i] = stored(four.x);
-        x[i + 1] = stored(four.y);
-        x[i + 2] = stored(four.z);
-        x[i + 3] = stored(four.w);
-    }
-}
 
 // qkv [T][ALL_HEADS][HEAD_DIM] plus qkvBias [ALL_HEADS][HEAD_DIM]; queryNorm, keyNorm [HEAD_DIM] (null: none) are weights of an
 // RMSNorm of each head; then the rotation by cosine, sine [positions][HALF] float32 (null: none), element i with i + HALF.
@@ -214,9 +193,9 @@ extern "C" __global__ void __launch_bounds__(256)
                        const int* tokenCount) {
     awaitPredecessor();
     admitSuccessor();  // not before: decode attention reads what kernels before this one wrote without waiting for this one
-    u32 group = (blockIdx.x * 256 + threadIdx.x) / LANES;
+    u32 group = (blockIdx.x * 256 + threadIdx.x) / HEAD_LANES;
     int token = group / UNITS, unit = group % UNITS;
-    int element = 8 * (threadIdx.x % LANES);
+    int element = 8 * (threadIdx.x % HEAD_LANES);
     // Nobody leaves before the shuffles: a warp may hold the last token and one beyond.
     bool within = token < *tokenCount && element < HALF;
     int slot = within ? tokenSlot[token] : -1;
@@ -231,8 +210,10 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     float c[8], s[8];
     if (cosine && live) {
-        loadFactors(c, cosine + (long long) position * HALF + element);
-        loadFactors(s, sine + (long long) position * HALF + element);
+        loadFloats(c, cosine + (long long) position * HALF + element);
+        loadFloats(s, sine + (long long) position * HALF + element);
+        storedAll(c);
+        storedAll(s);
     }
     long long page = live ? blockTable[(long long) slot * maxBlocksPerSlot + position / BLOCK_SIZE] : 0;
 
@@ -244,33 +225,20 @@ extern "C" __global__ void __launch_bounds__(256)
             add(x[r][1], load(qkvBias + head * HEAD_DIM + element + HALF));
         }
         if (queryNorm) {
-            float squares = 0.0f;
-            UNROLL for (int i = 0; i < 8; i++) {
-                squares += x[r][0][i] * x[r][0][i] + x[r][1][i] * x[r][1][i];
-            }
-            UNROLL for (int offset = LANES / 2; offset > 0; offset /= 2) {
-                squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-            }
+            float factor = normFactor(x[r], epsilon);
             if (present && !isValue) {
                 const bf16* weight = (head < HEADS ? queryNorm : keyNorm) + element;
-                float factor = rsqrtf(squares / HEAD_DIM + epsilon);
-                scaleBy(x[r][0], factor, weight);
-                scaleBy(x[r][1], factor, weight + HALF);
+                scaleBy(x[r][0], factor, load(weight));
+                scaleBy(x[r][1], factor, load(weight + HALF));
             }
         }
         if (cosine && present && !isValue) {
-            UNROLL for (int i = 0; i < 8; i++) {
-                float a = x[r][0][i], b = x[r][1][i];
-                x[r][0][i] = stored(a * c[i]) - stored(b * s[i]);
-                x[r][1][i] = stored(b * c[i]) + stored(a * s[i]);
-            }
+            rotate(x[r], c, s);
         }
         if (!present) {
             continue;
         }
-        // The page has the keys' heads before the values' heads, as qkv has.
-        long long pageRow = ((page * layers + layer) * (2 * KV_HEADS) + head - HEADS) * BLOCK_SIZE + position % BLOCK_SIZE;
-        bf16* to = head < HEADS ? query + ((long long) token * HEADS + head) * HEAD_DIM : kv + pageRow * HEAD_DIM;
+        bf16* to = placeOf(head, token, query, position, page, kv, layer, layers);
         bf16* back = qkv + ((long long) token * ALL_HEADS + head) * HEAD_DIM;
         UNROLL for (int half = 0; half < 2; half++) {
             uint4 result = pack(x[r][half]);

@@ -28,8 +28,8 @@ record KernelSource(String name, Map<String, String> macros) {
     private static final System.Logger LOG = System.getLogger(KernelSource.class.getName());
     private static final Pattern INCLUDE = Pattern.compile("(?m)^#include \"([^\"]+)\"");
 
-    private static final List<String> TIMED = List.of("common.cuh", "hopper.cuh", "vectors.cuh", "decode_product.cu", "few_rows.cu", "layer.cu",
-            "decode_attention.cu");
+    private static final List<String> TIMED = List.of("common.cuh", "hopper.cuh", "vectors.cuh", "rotation.cuh", "decode_product.cu",
+            "few_rows.cu", "layer.cu", "decode_attention.cu");
 
     KernelSource {
         macros = Map.copyOf(macros);

@@ -51,6 +51,13 @@ class KernelSourceTest {
             macros.putAll(Map.of("LAYER_NORM", opt ? "1" : "0", "POST_NORM", "0", "FINAL_NORM", "1", "GATED", opt ? "0" : "1",
                     "ACTIVATION", opt ? "1" : "0", "WRITE_BACK", "0"));
             all.add(new KernelSource("layer.cu", macros));
+            if (shape[2] == 64 || shape[2] == 128) {
+                for (String split : List.of("1", "2")) {
+                    Map<String, String> rotated = new HashMap<>(macros);
+                    rotated.putAll(Map.of("ROWS", "128", "TILE", shape[2] == 64 ? "192" : "128", "SPLIT", split));
+                    all.add(new KernelSource("decode_product.cu", rotated));
+                }
+            }
             all.add(new KernelSource("train_norm.cu", Map.of("LAYER_NORM", opt ? "1" : "0")));
             all.add(new KernelSource("train_rotary.cu", Map.of("HEAD_DIM", "" + shape[2])));
         }
