@@ -35,8 +35,7 @@
 //   counters  maxRows x KV_HEADS ints, zero before the first launch and after every launch
 //   oldPages  1 int, not 0: the kernel right before this one, which lets this one start early, writes of what is read here only the
 //             query and each row's newest key and value; everything else was complete when that one let this one start, and is read
-//             before it ends.
-//             0, or a null pointer: nothing is read before
+//             before it ends. 0, or a null pointer: nothing is read before
 // where maxItems bounds the number of items, as max(wantedItems, (tokens of all rows) / SPLIT) + maxRows always does.
 //
 // Launches. planDecode: 1 block of PLAN_THREADS. decodeAttention: blocks of 32 * WARPS threads, multiprocessors x resident blocks

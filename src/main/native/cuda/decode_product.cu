@@ -390,6 +390,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
             for (int tile = firstTile, half = 0; tile < tiles && idle >= 0; tile += stride, half ^= 1) {
                 result.prepare(places + half * COUNT, idle, 96, COUNT, finishedRow(tile), endRow(tile));
                 if (SPLIT == 1) {
+                    __syncwarp();
                     meet(GROUPS + 1, CONSUMERS + 96);  // the consumers are done with the other half
                 }
             }

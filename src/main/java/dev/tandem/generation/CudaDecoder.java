@@ -60,7 +60,11 @@ final class CudaDecoder implements AutoCloseable {
     private final Tensor activated;
     private final Tensor hidden;
     private final Tensor logits;
-    private final @Nullable RotaryTables rotary;
+    /** Of the tokens of a decoding step. */
+    private final Rotation decodeRotation;
+    /** Of the tokens of a step with prompts. */
+    private final Rotation mixedRotation;
+
     private final Tensor work;
     private final Tensor partials;
     private final Tensor counters;
@@ -132,14 +136,20 @@ final class CudaDecoder implements AutoCloseable {
             if (tables != null) {
                 owned.push(tables::close);
             }
-            rotary = tables;
+            decodeRotation = rotation(tables, Field.ROW_POSITIONS, Field.ROW_SLOT);
+            mixedRotation = rotation(tables, Field.POSITIONS, Field.TOKEN_SLOT);
             products = new CudaProducts(device, arena,
-                    new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits));
+                    new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits), decodeRotation, options);
             owned.push(products::close);
         } catch (RuntimeException | Error e) {
             close();
             throw e;
         }
+    }
+
+    private Rotation rotation(@Nullable RotaryTables tables, Field positions, Field slots) {
+        return new Rotation(arena, tables, input.address(positions), input.address(slots), input.address(Field.TABLES),
+                input.layout().tableWidth(), pages, query.address(), input.countAddress(StepLayout.TOKENS));
     }
 
     private Tensor own(Tensor made) {
@@ -236,7 +246,10 @@ final class CudaDecoder implements AutoCloseable {
         return rowStride(config);
     }
 
-    /** {@return the ways in which a decoding step of that many rows can multiply} Buffers are overwritten when they are not known yet. */
+    /**
+     * {@return the ways in which a decoding step of that many rows can multiply} To be asked before the step whose input lies on the device
+     * is computed: finding them overwrites buffers and what that step writes.
+     */
     List<CudaProducts.Way> ways(int rows) {
         return products.ways(rows);
     }
@@ -264,7 +277,6 @@ final class CudaDecoder implements AutoCloseable {
         try (Scope scope = Scope.open()) {
             long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
             long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
-            long slots = input.address(decodes ? Field.ROW_SLOT : Field.TOKEN_SLOT);
             long count = input.countAddress(StepLayout.TOKENS);
             Grid rows = rowGrid(tokens, config.hiddenSize());
             embed(rows, tokens, ids, positions, count);
@@ -278,8 +290,7 @@ final class CudaDecoder implements AutoCloseable {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
                     norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-                    multiply(by == null ? null : by.qkv(), normed, w.weight(ParameterRole.Q_WEIGHT), qkv, tokens);
-                    rotate(layer, w, tokens, positions, slots, count);
+                    project(layer, w.weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
                     attend(layer, decodeRows, tiles);
                     multiply(by == null ? null : by.output(), attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
                     norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
@@ -312,11 +323,16 @@ final class CudaDecoder implements AutoCloseable {
                 normed.address(), config.hiddenSize(), (float) config.normEps(), input.countAddress(StepLayout.TOKENS));
     }
 
-    private void rotate(int layer, WeightGroup w, int tokens, long positions, long slots, long count) {
-        kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), qkv.address(), address(w.find(ParameterRole.Q_BIAS)),
-                address(w.find(ParameterRole.Q_NORM)), address(w.find(ParameterRole.K_NORM)), (float) config.normEps(),
-                address(rotary == null ? null : rotary.cosines()), address(rotary == null ? null : rotary.sines()), positions, slots,
-                input.address(Field.TABLES), input.layout().tableWidth(), pages, layer, config.layers(), query.address(), count);
+    /** Queries, keys and values, from the normed states to where attention reads them. */
+    private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.@Nullable Way by) {
+        if (by == null) {
+            multiply(null, normed, weight, qkv, tokens);
+        } else {
+            by.qkv().run(layer, normed.address(), weight.address(), qkv.address());
+        }
+        if (by == null || !by.rotates()) {
+            kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), rotation.arguments(layer, qkv.address()));
+        }
     }
 
     private void attend(int layer, int decodeRows, int tiles) {

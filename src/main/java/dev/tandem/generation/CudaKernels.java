@@ -61,8 +61,7 @@ final class CudaKernels implements AutoCloseable {
      * @param split tokens that one block of the decode attention attends to
      */
     static Source source(String file, ModelConfig config, GeneratorOptions options, int split) {
-        Map<String, String> shape = Map.of("HEAD_DIM", "" + config.headDim(), "HEADS", "" + config.heads(),
-                "KV_HEADS", "" + config.kvHeads(), "BLOCK_SIZE", "" + options.blockSize());
+        Map<String, String> shape = shape(config, options);
         return new Source(file, switch (file) {
             case "step.cu" -> Map.of();
             case "layer.cu" -> both(shape, Map.of(
@@ -79,7 +78,14 @@ final class CudaKernels implements AutoCloseable {
         });
     }
 
-    private static Map<String, String> both(Map<String, String> a, Map<String, String> b) {
+    /** {@return the macros of kernels that know heads and pages} */
+    static Map<String, String> shape(ModelConfig config, GeneratorOptions options) {
+        return Map.of("HEAD_DIM", "" + config.headDim(), "HEADS", "" + config.heads(), "KV_HEADS", "" + config.kvHeads(),
+                "BLOCK_SIZE", "" + options.blockSize());
+    }
+
+    /** {@return the entries of two maps} */
+    static Map<String, String> both(Map<String, String> a, Map<String, String> b) {
         Map<String, String> all = new HashMap<>(a);
         all.putAll(b);
         return all;

@@ -32,6 +32,7 @@ final class CudaProducts implements AutoCloseable {
     private final WeightArena arena;
     private final ModelConfig config;
     private final Buffers buffers;
+    private final Rotation rotation;
     private final CublasLt cublas;
     private final @Nullable HopperProducts hopper;
     private final Map<Integer, List<Way>> ways = new HashMap<>();
@@ -42,32 +43,55 @@ final class CudaProducts implements AutoCloseable {
         void run(long x, long weight, long out);
     }
 
+    /** The product of a layer's queries, keys and values. */
+    interface QkvProduct {
+        void run(int layer, long x, long weight, long out);
+
+        /** {@return what computes the same for all layers} */
+        static QkvProduct of(Product product) {
+            return (layer, x, weight, out) -> product.run(x, weight, out);
+        }
+    }
+
     /**
      * The products of a step.
      *
+     * @param qkv of queries, keys and values; when {@code rotates} it leaves them where attention reads them and writes no {@code out}
      * @param widen to the feed-forward block's width; with the activation when {@code activates}
      */
-    record Way(Product qkv, Product output, Product widen, boolean activates, Product narrow, Product head) {}
+    record Way(QkvProduct qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head) {
+        private Way rotating(QkvProduct by) {
+            return new Way(by, true, output, widen, activates, narrow, head);
+        }
+    }
 
     /** What the products read and write. */
     record Buffers(Tensor normed, Tensor qkv, Tensor attended, Tensor projected, Tensor widened, Tensor activated, Tensor hidden,
             Tensor logits) {}
 
-    CudaProducts(Device device, WeightArena arena, Buffers buffers) {
+    /**
+     * @param rotation of the tokens of a decoding step
+     * @param options that say how pages are cut
+     */
+    CudaProducts(Device device, WeightArena arena, Buffers buffers, Rotation rotation, GeneratorOptions options) {
         this.device = device;
         this.arena = arena;
         this.buffers = buffers;
+        this.rotation = rotation;
         config = arena.layout().config();
         cublas = new CublasLt(device);
         owned.push(cublas::close);
-        HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device) : null;
+        HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device, config, options) : null;
         if (own != null) {
             owned.push(own::close);
         }
         hopper = own;
     }
 
-    /** {@return the ways for a number of rows, the best guess first} Buffers are overwritten when they are not known yet. */
+    /**
+     * {@return the ways for a number of rows, the best guess first} When they are not known yet, buffers are overwritten, and the newest
+     * keys and values of the step whose input lies on the device, which therefore is yet to be computed.
+     */
     List<Way> ways(int rows) {
         return ways.computeIfAbsent(rows, this::find);
     }
@@ -96,7 +120,8 @@ final class CudaProducts implements AutoCloseable {
         int inner = config.intermediateSize();
         boolean activates = activates();
         return new Way(
-                (x, weight, out) -> by.multiply(x, weight, out, width, allHeads()),
+                QkvProduct.of((x, weight, out) -> by.multiply(x, weight, out, width, allHeads())),
+                false,
                 (x, weight, out) -> by.multiply(x, weight, out, attended(), width),
                 (x, weight, out) -> {
                     if (activates) {
@@ -114,7 +139,7 @@ final class CudaProducts implements AutoCloseable {
     private record Timed(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
             CublasLt.Product head) {
         Way way() {
-            return new Way(qkv::run, output::run, widen::run, false, narrow::run, head::run);
+            return new Way(QkvProduct.of(qkv::run), false, output::run, widen::run, false, narrow::run, head::run);
         }
     }
 
@@ -135,10 +160,14 @@ final class CudaProducts implements AutoCloseable {
         return product;
     }
 
-    /** Product by product the faster of Tandem's and cuBLAS's; the widening one, which may apply the activation, in both forms. */
+    /**
+     * Product by product the faster of Tandem's and cuBLAS's; in both forms the widening one, which may apply the activation, and that of
+     * queries, keys and values, which may rotate.
+     */
     private void hopper(int rows, Timed byCublas, List<Way> found) {
         int width = config.hiddenSize();
-        Product qkv = faster(rows, allHeads(), width, buffers.normed, weights(ParameterRole.Q_WEIGHT), buffers.qkv, byCublas.qkv);
+        QkvProduct qkv = QkvProduct.of(
+                faster(rows, allHeads(), width, buffers.normed, weights(ParameterRole.Q_WEIGHT), buffers.qkv, byCublas.qkv));
         Product output =
                 faster(rows, width, attended(), buffers.attended, weights(ParameterRole.O_WEIGHT), buffers.projected, byCublas.output);
         Product narrow = faster(rows, width, config.intermediateSize(), buffers.activated, weights(ParameterRole.DOWN_WEIGHT),
@@ -148,11 +177,18 @@ final class CudaProducts implements AutoCloseable {
             HopperProducts.Product gated = tune(Kind.GATED, rows, config.intermediateSize(), width, buffers.normed,
                     weights(ParameterRole.GATE_WEIGHT), buffers.activated);
             // Its result goes where the activation's would.
-            found.add(new Way(qkv, output, (x, weight, out) -> gated.run(x, weight, buffers.activated.address()), true, narrow, head));
-            found.add(new Way(qkv, output, byCublas.widen::run, false, narrow, head));
+            found.add(new Way(qkv, false, output, (x, weight, out) -> gated.run(x, weight, buffers.activated.address()), true, narrow,
+                    head));
+            found.add(new Way(qkv, false, output, byCublas.widen::run, false, narrow, head));
         } else {
             Product widen = faster(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, byCublas.widen);
-            found.add(new Way(qkv, output, widen, false, narrow, head));
+            found.add(new Way(qkv, false, output, widen, false, narrow, head));
+        }
+        if (HopperProducts.rotates(config.headDim())) {
+            HopperProducts.Product rotated = Objects.requireNonNull(hopper)
+                    .tune(rows, allHeads(), width, buffers.normed.address(), weights(ParameterRole.Q_WEIGHT), rotation::arguments);
+            List<Way> others = List.copyOf(found.subList(1, found.size()));
+            others.forEach(way -> found.add(way.rotating((layer, x, weight, out) -> rotated.rotate(x, weight, rotation.arguments(layer)))));
         }
     }
 

@@ -9,6 +9,7 @@ import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.KernelModule.Source;
 import dev.tandem.device.TensorMap;
 import dev.tandem.device.TuningCache;
+import dev.tandem.model.ModelConfig;
 import java.lang.foreign.Arena;
 import java.util.ArrayList;
 import java.util.Comparator;
@@ -16,13 +17,16 @@ import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.Objects;
+import java.util.TreeMap;
 import java.util.TreeSet;
+import java.util.function.IntFunction;
+import java.util.function.ObjIntConsumer;
 import org.jspecify.annotations.Nullable;
 
 /**
  * Products of some 8 to 256 rows with a weight matrix on a Hopper GPU: {@code decode_product.cu}, which starts to read the weights while
- * the kernel before it still runs, shares k among blocks where tiles are few, and can apply the activation. Below some 200 rows it beats
- * cuBLAS.
+ * the kernel before it still runs, shares k among blocks where tiles are few, and can apply the activation, or rotate queries and keys.
+ * Below some 200 rows it beats cuBLAS.
  *
  * <p>The kernel comes in variants. Of those that a rough count of cycles favours, each is timed once for a size, over weights that are not
  * in the cache, and the fastest is kept for the life of the process. Confined to its rank's thread. The owner closes it.
@@ -45,7 +49,9 @@ final class HopperProducts implements AutoCloseable {
     private final int multiprocessors;
     private final TuningCache choices;
     private final Arena arena = Arena.ofShared();
-    private final Map<Variant, KernelModule> modules = new HashMap<>();
+    private final Map<Source, KernelModule> modules = new HashMap<>();
+    private final int headDim;
+    private final Map<String, String> shape;
 
     /** What a product's result is. */
     enum Kind {
@@ -54,7 +60,9 @@ final class HopperProducts implements AutoCloseable {
         /** FLOAT32. */
         FLOAT("multiplyToFloat"),
         /** BFLOAT16, silu(gate) · up. */
-        GATED("multiplyGated");
+        GATED("multiplyGated"),
+        /** Nothing: queries, keys and values are rotated and written where attention reads them, as by {@code rotateAndWrite}. */
+        ROTATED("multiplyRotated");
 
         private final String kernel;
 
@@ -71,7 +79,7 @@ final class HopperProducts implements AutoCloseable {
      * @param split blocks that share k
      * @param stages of loads under way
      */
-    private record Variant(int tile, int rows, int split, int stages) {
+    record Variant(int tile, int rows, int split, int stages) {
         int threads() {
             return 2 * tile + 128;
         }
@@ -80,18 +88,29 @@ final class HopperProducts implements AutoCloseable {
             return (tile + rows) * BLOCK * 2;
         }
 
-        int sharedBytes() {
-            int exchange = split > 1 ? split * Math.ceilDiv(rows / 8, split) * 32 * tile : 0;
-            return 1024 + Math.max(stages * stageBytes(), exchange) + tile / 64 * 9216;
+        int sharedBytes(Kind kind) {
+            int exchange = split > 1 ? split * finishedOctets() * 32 * tile : 0;
+            return Math.max(stages * stageBytes(), exchange) + sharedBytesBesides(kind);
         }
 
-        boolean possible() {
-            return stages >= 2 && sharedBytes() <= SHARED_BYTES;
+        /** {@return bytes of shared memory that do not depend on how many loads are under way} */
+        int sharedBytesBesides(Kind kind) {
+            return 1024 + tile / 64 * 9216 + (kind == Kind.ROTATED ? 128 * finishedOctets() : 0);
         }
 
-        Source source() {
-            return new Source("decode_product.cu",
-                    Map.of("TILE", "" + tile, "ROWS", "" + rows, "SPLIT", "" + split, "STAGES", "" + stages));
+        /** {@return eights of rows of which a block finishes the sums} */
+        private int finishedOctets() {
+            return Math.ceilDiv(rows / 8, split);
+        }
+
+        boolean possible(Kind kind, int headDim) {
+            boolean fits = kind != Kind.ROTATED || tile % headDim == 0 && rotatesInRegisters();
+            return fits && stages >= 2 && sharedBytes(kind) <= SHARED_BYTES;
+        }
+
+        /** Larger tiles need more registers to rotate in than there are beside the sums. */
+        private boolean rotatesInRegisters() {
+            return tile == 64 || rows <= 128 || rows <= 192 && split > 1 || tile == 128 && split >= 4;
         }
     }
 
@@ -102,7 +121,7 @@ final class HopperProducts implements AutoCloseable {
         }
 
         /** {@return what {@link #toString} wrote, or null} */
-        static @Nullable Choice read(@Nullable String text) {
+        static @Nullable Choice read(@Nullable String text, Kind kind, int headDim) {
             String[] parts = text == null ? new String[0] : text.split(" ");
             if (parts.length != 5) {
                 return null;
@@ -110,15 +129,21 @@ final class HopperProducts implements AutoCloseable {
             try {
                 Variant variant = new Variant(Integer.parseInt(parts[1]), Integer.parseInt(parts[2]), Integer.parseInt(parts[3]),
                         Integer.parseInt(parts[4]));
-                return variant.possible() ? new Choice(variant, Float.parseFloat(parts[0])) : null;
+                return variant.possible(kind, headDim) ? new Choice(variant, Float.parseFloat(parts[0])) : null;
             } catch (NumberFormatException e) {
                 return null;
             }
         }
     }
 
-    HopperProducts(Device device) {
+    /**
+     * @param config whose heads are rotated
+     * @param options that say how pages are cut
+     */
+    HopperProducts(Device device, ModelConfig config, GeneratorOptions options) {
         this.device = device;
+        headDim = config.headDim();
+        shape = CudaKernels.shape(config, options);
         multiprocessors = Cuda.multiprocessors(device);
         choices = TuningCache.of(device);
     }
@@ -126,6 +151,11 @@ final class HopperProducts implements AutoCloseable {
     /** {@return whether a device has what the kernel needs} */
     static boolean runsOn(Device device) {
         return Cuda.isHopper(device);
+    }
+
+    /** {@return whether there is a product that rotates heads of that many channels: where tiles consist of whole heads} */
+    static boolean rotates(int headDim) {
+        return headDim == 64 || headDim == 128;
     }
 
     /** A product of fixed sizes. */
@@ -149,23 +179,46 @@ final class HopperProducts implements AutoCloseable {
             this.k = k;
             this.stride = stride;
             Variant variant = choice.variant;
-            kernel = module(variant).kernel(kind.kernel).sharedMemory(variant.sharedBytes());
+            int shared = variant.sharedBytes(kind);
+            kernel = module(variant, kind).kernel(kind.kernel).sharedMemory(shared);
             int tiles = tiles(variant, kind, rows, n);
-            int resident = multiprocessors * Math.max(1, kernel.residentBlocks(variant.threads(), variant.sharedBytes()));
+            int resident = multiprocessors * Math.max(1, kernel.residentBlocks(variant.threads(), shared));
             int blocks = variant.split > 1 ? tiles * variant.split : Math.ceilDiv(tiles, Math.ceilDiv(tiles, resident));
-            grid = new Grid(blocks, 1, variant.threads(), 1, variant.sharedBytes());
+            grid = new Grid(blocks, 1, variant.threads(), 1, shared);
         }
 
         @Override
         public void run(long x, long weight, long out) {
-            TensorMap input = inputs.computeIfAbsent(x, address -> new TensorMap(arena, address, new long[] {k, rows}, new long[] {2L * k},
-                    new int[] {BLOCK, choice.variant.rows}));
-            TensorMap matrix = weights.computeIfAbsent(weight, this::map);
             if (kind == Kind.FLOAT) {
-                kernel.launch(device, grid, input, matrix, out, rows, k, n, stride);
+                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, stride);
             } else {
-                kernel.launch(device, grid, input, matrix, out, rows, k, n, (int) stride);
+                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride);
             }
+        }
+
+        /**
+         * Runs a product of the kind ROTATED.
+         *
+         * @param rotation the arguments of {@code rotateAndWrite} after its first, which is the product's result
+         */
+        void rotate(long x, long weight, Object... rotation) {
+            Object[] arguments = new Object[5 + rotation.length];
+            arguments[0] = input(x);
+            arguments[1] = matrix(weight);
+            arguments[2] = rows;
+            arguments[3] = k;
+            arguments[4] = n;
+            System.arraycopy(rotation, 0, arguments, 5, rotation.length);
+            kernel.launch(device, grid, arguments);
+        }
+
+        private TensorMap input(long x) {
+            return inputs.computeIfAbsent(x, address -> new TensorMap(arena, address, new long[] {k, rows}, new long[] {2L * k},
+                    new int[] {BLOCK, choice.variant.rows}));
+        }
+
+        private TensorMap matrix(long weight) {
+            return weights.computeIfAbsent(weight, this::map);
         }
 
         private TensorMap map(long address) {
@@ -193,24 +246,39 @@ final class HopperProducts implements AutoCloseable {
      * @param stride elements from one row of the result to the next
      */
     Product tune(Kind kind, int rows, int n, int k, long x, long[] weights, long out, long stride) {
+        return tune(kind, rows, n, k, stride, weights.length, (product, i) -> product.run(x, weights[i], out));
+    }
+
+    /**
+     * {@return a product of the kind ROTATED, as the other method does} What the step at hand writes is overwritten with numbers of no
+     * meaning, so that step is yet to be computed.
+     *
+     * @param rotation of each weight the arguments for {@link Product#rotate}
+     */
+    Product tune(int rows, int n, int k, long x, long[] weights, IntFunction<Object[]> rotation) {
+        return tune(Kind.ROTATED, rows, n, k, 0, weights.length, (product, i) -> product.rotate(x, weights[i], rotation.apply(i)));
+    }
+
+    private Product tune(Kind kind, int rows, int n, int k, long stride, int weights, ObjIntConsumer<Product> launch) {
         int size = next(CLASSES, rows);
-        String question = "product " + kind + " " + size + " " + n + " " + k;
-        Choice known = Choice.read(choices.find(question));
+        String heads = kind == Kind.ROTATED ? " " + new TreeMap<>(shape) : "";
+        String question = "product " + kind + " " + size + " " + n + " " + k + heads;
+        Choice known = Choice.read(choices.find(question), kind, headDim);
         if (known != null) {
             return new Product(known, kind, rows, n, k, stride);
         }
         List<Variant> candidates = candidates(kind, Math.max(rows, size), n, k);
-        compile(candidates);
+        compile(candidates.stream().map(variant -> source(variant, kind)).toList());
         Choice best = null;
         for (Variant variant : candidates) {
-            Product product = new Product(new Choice(variant, 0), kind, rows, n, k, stride);
-            product.run(x, weights[0], out);
+            Product product = product(variant, kind, rows, n, k, stride);
+            launch.accept(product, 0);
             try (CudaGraph graph = CudaGraph.capture(device, () -> {
-                for (long weight : weights) {
-                    product.run(x, weight, out);
+                for (int i = 0; i < weights; i++) {
+                    launch.accept(product, i);
                 }
             })) {
-                float time = graph.milliseconds(device) / weights.length;
+                float time = graph.milliseconds(device) / weights;
                 if (best == null || time < best.milliseconds) {
                     best = new Choice(variant, time);
                 }
@@ -220,14 +288,20 @@ final class HopperProducts implements AutoCloseable {
         return new Product(best, kind, rows, n, k, stride);
     }
 
+    /** {@return a product of these sizes by a certain variant} */
+    Product product(Variant variant, Kind kind, int rows, int n, int k, long stride) {
+        return new Product(new Choice(variant, 0), kind, rows, n, k, stride);
+    }
+
     private List<Variant> candidates(Kind kind, int rows, int n, int k) {
         List<Variant> found = new ArrayList<>();
         TreeSet<Integer> parts = new TreeSet<>(List.of(next(TILE_ROWS, rows), next(TILE_ROWS, Math.max(32, Math.ceilDiv(rows, 2)))));
         for (int tile : new int[] {64, 128, 192}) {
             for (int part : parts) {
                 int stageBytes = new Variant(tile, part, 1, 1).stageBytes();
-                int stages = Math.min(MOST_STAGES, (SHARED_BYTES - 1024 - tile / 64 * 9216) / stageBytes);
                 for (int split = 1; split <= 8; split *= 2) {
+                    int besides = new Variant(tile, part, split, 0).sharedBytesBesides(kind);
+                    int stages = Math.min(MOST_STAGES, (SHARED_BYTES - besides) / stageBytes);
                     found.add(new Variant(tile, part, split, stages));
                     if (tile == 64 && part <= 128 && HALF_SHARED_BYTES / stageBytes < stages) {
                         found.add(new Variant(tile, part, split, HALF_SHARED_BYTES / stageBytes));
@@ -235,7 +309,7 @@ final class HopperProducts implements AutoCloseable {
                 }
             }
         }
-        found.removeIf(variant -> !variant.possible());
+        found.removeIf(variant -> !variant.possible(kind, headDim));
         found.sort(Comparator.comparingDouble(variant -> cycles(variant, kind, rows, n, k)));
         return found.subList(0, Math.min(CANDIDATES, found.size()));
     }
@@ -266,17 +340,24 @@ final class HopperProducts implements AutoCloseable {
         return waves * (Math.ceilDiv(Math.ceilDiv(k, BLOCK), variant.split) * step + results + 300) + exchange;
     }
 
-    private void compile(List<Variant> variants) {
-        List<Variant> missing = variants.stream().filter(variant -> !modules.containsKey(variant)).toList();
-        List<KernelModule> loaded = KernelModule.load(device, missing.stream().map(Variant::source).toList());
+    private Source source(Variant variant, Kind kind) {
+        Map<String, String> macros = Map.of("TILE", "" + variant.tile, "ROWS", "" + variant.rows, "SPLIT", "" + variant.split, "STAGES",
+                "" + variant.stages);
+        return new Source("decode_product.cu", kind == Kind.ROTATED ? CudaKernels.both(macros, shape) : macros);
+    }
+
+    private void compile(List<Source> sources) {
+        List<Source> missing = sources.stream().filter(source -> !modules.containsKey(source)).toList();
+        List<KernelModule> loaded = KernelModule.load(device, missing);
         for (int i = 0; i < loaded.size(); i++) {
             modules.put(missing.get(i), loaded.get(i));
         }
     }
 
-    private KernelModule module(Variant variant) {
-        compile(List.of(variant));
-        return Objects.requireNonNull(modules.get(variant));
+    private KernelModule module(Variant variant, Kind kind) {
+        Source source = source(variant, kind);
+        compile(List.of(source));
+        return Objects.requireNonNull(modules.get(source));
     }
 
     @Override

@@ -1,0 +1,126 @@
+package dev.tandem.generation;
+
+import static dev.tandem.generation.CudaLayerTest.EPSILON;
+import static org.junit.jupiter.api.Assumptions.assumeTrue;
+
+import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
+import dev.tandem.device.KernelModule.Kernel;
+import dev.tandem.device.Scope;
+import dev.tandem.device.Tensor;
+import dev.tandem.generation.HopperProducts.Kind;
+import dev.tandem.generation.HopperProducts.Variant;
+import dev.tandem.model.ModelConfig;
+import dev.tandem.testing.Gpu;
+import dev.tandem.testing.TinyModels;
+import java.util.Arrays;
+import java.util.List;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.CsvSource;
+
+/** The product that rotates against the product and the rotation that follows it, on a Hopper GPU. */
+@Gpu
+class RotatedProductTest extends KernelTest {
+    /** The sum of a norm's squares may be contracted differently. */
+    private static final double NORM_TOLERANCE = 1e-2;
+
+    private static final int LAYERS = 3;
+    private static final int LAYER = 1;
+    private static final int SLOTS = 5;
+    private static final int[] ROWS = {8, 37, 64, 200, 256};
+    private static final List<List<String>> PARTS = List.of(List.of("rotation"), List.of("norm", "rotation"), List.of("bias", "rotation"),
+            List.of(), List.of("bias", "norm", "rotation"));
+
+    /** One warpgroup to three, rows of few and of all sizes, with and without a cluster, some whose CTAs finish no row or have many tiles. */
+    private static List<Variant> variants(int headDim, boolean wide) {
+        if (headDim == 64) {
+            return wide
+                    ? List.of(new Variant(64, 64, 1, 4), new Variant(128, 64, 4, 4), new Variant(192, 128, 2, 4), new Variant(64, 256, 2, 4))
+                    : List.of(new Variant(192, 64, 1, 4), new Variant(128, 32, 2, 3), new Variant(64, 16, 4, 4), new Variant(64, 256, 1, 4));
+        }
+        return wide
+                ? List.of(new Variant(128, 64, 4, 4), new Variant(128, 128, 1, 4), new Variant(128, 192, 2, 4), new Variant(128, 16, 1, 4))
+                : List.of(new Variant(128, 64, 1, 4), new Variant(128, 128, 2, 4), new Variant(128, 256, 4, 4), new Variant(128, 16, 4, 2));
+    }
+
+    @ParameterizedTest(name = "{0} query and {1} KV heads of {2}, width {3}")
+    @CsvSource({"16, 8, 128, 1024", "12, 2, 128, 1536", "14, 2, 64, 896", "5, 1, 64, 328", "32, 8, 128, 4096"})
+    void equalsProductAndRotation(int heads, int kvHeads, int headDim, int width) {
+        assumeTrue(HopperProducts.runsOn(CUDA), "a Hopper GPU");
+        ModelConfig config = TinyModels.of("{\"model_type\":\"llama\",\"num_hidden_layers\":3,\"vocab_size\":1000,"
+                + "\"max_position_embeddings\":512,\"intermediate_size\":1536,\"hidden_size\":" + width + ",\"num_attention_heads\":" + heads
+                + ",\"num_key_value_heads\":" + kvHeads + ",\"head_dim\":" + headDim + "}");
+        GeneratorOptions options = GeneratorOptions.defaults().blockSize(headDim == 64 ? 16 : 64);
+        Kernel rotate = load(config, options, "layer.cu").getFirst().kernel("rotateAndWrite");
+        try (HopperProducts products = new HopperProducts(CUDA, config, options)) {
+            int number = 0;
+            for (Variant variant : variants(headDim, heads % 4 == 0)) {
+                for (int i = 0; i < ROWS.length; i++) {
+                    try (Scope inner = Scope.open()) {
+                        check(products, rotate, variant, config, options.blockSize(), ROWS[i], PARTS.get((number + i) % PARTS.size()));
+                    }
+                }
+                number++;
+            }
+            Cuda.synchronize(CUDA);
+        }
+    }
+
+    private void check(HopperProducts products, Kernel rotate, Variant variant, ModelConfig config, int pageSize, int rows,
+            List<String> parts) {
+        int headDim = config.headDim();
+        int heads = config.heads();
+        int kvHeads = config.kvHeads();
+        int k = config.hiddenSize();
+        int n = (heads + 2 * kvHeads) * headDim;
+        int limit = config.maxPositions();
+        int tableWidth = limit / pageSize + 2;
+        // Places are distinct, as in a step. Row 1 has no slot; what is beyond the count must not be looked at.
+        int count = rows - rows / 8;
+        int[] places = Arrays.copyOf(shuffled(SLOTS * limit, rows), rows);
+        int[] slot = Arrays.stream(places).map(at -> at / limit).toArray();
+        int[] position = Arrays.stream(places).map(at -> at % limit).toArray();
+        slot[1] = -1;
+        position[1] = 1 << 30;
+        Arrays.fill(slot, count, rows, 1 << 30);
+        Tensor tables = ints(shuffled(SLOTS * tableWidth, 5));
+        Tensor positions = ints(position);
+        Tensor slots = ints(slot);
+        Tensor counts = ints(count);
+        Tensor x = normal(1, rows, k);
+        Tensor weight = normal(1 / Math.sqrt(k), n, k);
+        Tensor bias = parts.contains("bias") ? normal(1, n) : null;
+        Tensor queryNorm = parts.contains("norm") ? normal(1, headDim) : null;
+        Tensor keyNorm = parts.contains("norm") ? normal(1, headDim) : null;
+        Tensor angles = normalFloats(2, limit, headDim / 2);
+        Tensor cosines = parts.contains("rotation") ? angles.cos() : null;
+        Tensor sines = parts.contains("rotation") ? angles.sin() : null;
+        Tensor[] pages = new Tensor[2];
+        Tensor[] queries = new Tensor[2];
+        Object[][] arguments = new Object[2][];
+        for (int i = 0; i < 2; i++) {
+            pages[i] = poison(DType.BFLOAT16, (long) SLOTS * tableWidth, LAYERS, 2, kvHeads, pageSize, headDim);
+            queries[i] = poison(DType.BFLOAT16, rows, heads, headDim);
+            arguments[i] = new Object[] {address(bias), address(queryNorm), address(keyNorm), (float) EPSILON, address(cosines),
+                address(sines), positions.address(), slots.address(), tables.address(), tableWidth, pages[i].address(), LAYER, LAYERS,
+                queries[i].address(), counts.address()};
+        }
+        Tensor qkv = poison(DType.BFLOAT16, rows, n);
+        // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
+        Cuda.synchronize(CUDA);
+        products.product(variant, Kind.PLAIN, rows, n, k, n).run(x.address(), weight.address(), qkv.address());
+        Object[] after = new Object[arguments[0].length + 1];
+        after[0] = qkv.address();
+        System.arraycopy(arguments[0], 0, after, 1, arguments[0].length);
+        rotate.launch(CUDA, CudaDecoder.rotateGrid(config, rows), after);
+        products.product(variant, Kind.ROTATED, rows, n, k, 0).rotate(x.address(), weight.address(), arguments[1]);
+        String what = variant + " of " + rows + " rows with " + parts;
+        if (parts.contains("norm")) {
+            compare(what + ": queries", queries[1], queries[0], NORM_TOLERANCE);
+            compare(what + ": pages", pages[1], pages[0], NORM_TOLERANCE);
+        } else {
+            assertSame(what + ": queries", queries[1], queries[0]);
+            assertSame(what + ": pages", pages[1], pages[0]);
+        }
+    }
+}
