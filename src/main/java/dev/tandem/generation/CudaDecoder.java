@@ -138,8 +138,9 @@ final class CudaDecoder implements AutoCloseable {
             }
             decodeRotation = rotation(tables, Field.ROW_POSITIONS, Field.ROW_SLOT);
             mixedRotation = rotation(tables, Field.POSITIONS, Field.TOKEN_SLOT);
-            products = new CudaProducts(device, arena,
-                    new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits), decodeRotation, options);
+            CudaProducts.Buffers buffers =
+                    new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits);
+            products = new CudaProducts(device, arena, buffers, decodeRotation, options);
             owned.push(products::close);
         } catch (RuntimeException | Error e) {
             close();
