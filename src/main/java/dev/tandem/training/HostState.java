@@ -48,7 +48,7 @@ final class HostState implements AutoCloseable {
     }
 
     private static OptimizerLayout piece(OptimizerLayout layout) {
-        return new OptimizerLayout(Math.min(PIECE, layout.elements()), layout.masters(), layout.moments());
+        return new OptimizerLayout(Math.min(PIECE, layout.elements()), layout.splits(), layout.moments());
     }
 
     /** {@return bytes of the device that a step takes while it lasts} */
@@ -95,27 +95,27 @@ final class HostState implements AutoCloseable {
 
     private static void copy(CudaStream stream, long target, OptimizerLayout to, long toElement, long source, OptimizerLayout from,
             long fromElement, long count) {
-        if (to.masters()) {
-            stream.copy(target + to.master(toElement), source + from.master(fromElement), count * Float.BYTES);
+        if (to.splits()) {
+            stream.copy(target + to.remainder(toElement), source + from.remainder(fromElement), count * SplitMasters.BYTES);
         }
         stream.copy(target + to.first(toElement), source + from.first(fromElement), count * to.moments().bytes());
         stream.copy(target + to.second(toElement), source + from.second(fromElement), count * to.moments().bytes());
     }
 
     /**
-     * Takes masters for weights on the device.
+     * Draws masters for weights on the device.
      *
      * @param at the first one's place
      * @param element its number in the model
      */
-    void refreshMasters(OptimizerKernels kernels, long at, Tensor weights, long element) {
+    void drawMasters(OptimizerKernels kernels, long at, Tensor weights, long element) {
         CudaStream current = CudaStream.current(device);
         for (long from = 0; from < weights.elements(); from += PIECE) {
             long count = Math.min(PIECE, weights.elements() - from);
             try (Scope scope = Scope.open()) {
-                Tensor masters = Tensor.empty(device, DType.FLOAT32, count);
-                kernels.drawMasters(weights.narrow(0, from, count), masters.address(), element + from);
-                current.copy(memory.segment().address() + layout.master(at + from), masters.address(), count * Float.BYTES);
+                Tensor remainders = Tensor.empty(device, DType.BFLOAT16, count); // 16 bits each
+                kernels.drawRemainders(weights.narrow(0, from, count), remainders.address(), element + from);
+                current.copy(memory.segment().address() + layout.remainder(at + from), remainders.address(), count * SplitMasters.BYTES);
             }
         }
     }
