@@ -23,6 +23,9 @@ final class CudaDriver {
     /** CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating. */
     private static final int CAPTURE_THREAD_LOCAL = 1;
 
+    /** CU_MEMHOSTREGISTER_PORTABLE: page-locked for all contexts, as memory of cuMemHostAlloc is. */
+    private static final int REGISTER_PORTABLE = 1;
+
     private static final int MEM_ALLOCATION_TYPE_PINNED = 1;
     private static final int MEM_LOCATION_TYPE_DEVICE = 1;
     private static final int MEM_ACCESS_READ_WRITE = 3;
@@ -38,6 +41,8 @@ final class CudaDriver {
     private static final MethodHandle GET_DEVICE = function("cuDeviceGet", ADDRESS, JAVA_INT);
     private static final MethodHandle GET_ATTRIBUTE = function("cuDeviceGetAttribute", ADDRESS, JAVA_INT, JAVA_INT);
     private static final MethodHandle SYNCHRONIZE = function("cuCtxSynchronize");
+    private static final MethodHandle GET_CONTEXT = function("cuCtxGetCurrent", ADDRESS);
+    private static final MethodHandle SET_CONTEXT = function("cuCtxSetCurrent", JAVA_LONG);
     private static final MethodHandle MEMORY_INFO = function("cuMemGetInfo_v2", ADDRESS, ADDRESS);
 
     private static final MethodHandle RESERVE =
@@ -52,6 +57,8 @@ final class CudaDriver {
 
     private static final MethodHandle HOST_ALLOC = function("cuMemHostAlloc", ADDRESS, JAVA_LONG, JAVA_INT);
     private static final MethodHandle HOST_FREE = function("cuMemFreeHost", JAVA_LONG);
+    private static final MethodHandle HOST_REGISTER = function("cuMemHostRegister_v2", JAVA_LONG, JAVA_LONG, JAVA_INT);
+    private static final MethodHandle HOST_UNREGISTER = function("cuMemHostUnregister", JAVA_LONG);
     private static final MethodHandle COPY = function("cuMemcpyAsync", JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG);
 
     private static final MethodHandle LOAD_MODULE = function("cuModuleLoadData", ADDRESS, ADDRESS);
@@ -133,6 +140,26 @@ final class CudaDriver {
     static void synchronize() {
         try {
             check("cuCtxSynchronize", (int) SYNCHRONIZE.invokeExact());
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** {@return the calling thread's context, 0 if it has none} */
+    static long currentContext() {
+        try (Arena arena = Arena.ofConfined()) {
+            MemorySegment out = arena.allocate(JAVA_LONG);
+            check("cuCtxGetCurrent", (int) GET_CONTEXT.invokeExact(out));
+            return out.get(JAVA_LONG, 0);
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** Makes a context the calling thread's: enough for the driver's calls, and without a stream of libtorch's pool. */
+    static void useContext(long context) {
+        try {
+            check("cuCtxSetCurrent", (int) SET_CONTEXT.invokeExact(context));
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }
@@ -248,6 +275,24 @@ final class CudaDriver {
     static void freePinned(long address) {
         try {
             check("cuMemFreeHost", (int) HOST_FREE.invokeExact(address));
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** Page-locks memory that is there already. */
+    static void registerHost(long address, long bytes) {
+        try {
+            check("cuMemHostRegister", (int) HOST_REGISTER.invokeExact(address, bytes, REGISTER_PORTABLE));
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** @param address with which a registration began */
+    static void unregisterHost(long address) {
+        try {
+            check("cuMemHostUnregister", (int) HOST_UNREGISTER.invokeExact(address));
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }

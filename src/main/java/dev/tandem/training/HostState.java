@@ -39,7 +39,6 @@ final class HostState implements AutoCloseable {
         this.layout = layout;
         piece = piece(layout);
         memory = new PinnedMemory(device, layout.bytes());
-        memory.segment().fill((byte) 0);
         arrivals = CudaStream.create(device);
         for (int i = 0; i < BUFFERS; i++) {
             arrived[i] = new CudaEvent(device, false);
@@ -80,7 +79,7 @@ final class HostState implements AutoCloseable {
     long fetch(long at, long count) {
         turn = (turn + 1) % BUFFERS;
         arrivals.await(returned[turn]);
-        copy(arrivals, buffers[turn], piece, 0, memory.segment().address(), layout, at, count);
+        copy((buffer, offset, bytes) -> memory.copyTo(arrivals, buffer, offset, bytes), at, count);
         arrivals.record(arrived[turn]);
         CudaStream.current(device).await(arrived[turn]);
         return buffers[turn];
@@ -89,17 +88,22 @@ final class HostState implements AutoCloseable {
     /** Copies the piece that was fetched last back, after what the thread has launched. */
     void putBack(long at, long count) {
         CudaStream current = CudaStream.current(device);
-        copy(current, memory.segment().address(), layout, at, buffers[turn], piece, 0, count);
+        copy((buffer, offset, bytes) -> memory.copyFrom(current, buffer, offset, bytes), at, count);
         current.record(returned[turn]);
     }
 
-    private static void copy(CudaStream stream, long target, OptimizerLayout to, long toElement, long source, OptimizerLayout from,
-            long fromElement, long count) {
-        if (to.splits()) {
-            stream.copy(target + to.remainder(toElement), source + from.remainder(fromElement), count * SplitMasters.BYTES);
+    /** One way or the other between an address of the device and an offset in the memory. */
+    private interface Copy {
+        void bytes(long buffer, long offset, long bytes);
+    }
+
+    private void copy(Copy copy, long at, long count) {
+        long buffer = buffers[turn];
+        if (layout.splits()) {
+            copy.bytes(buffer + piece.remainder(0), layout.remainder(at), count * SplitMasters.BYTES);
         }
-        stream.copy(target + to.first(toElement), source + from.first(fromElement), count * to.moments().bytes());
-        stream.copy(target + to.second(toElement), source + from.second(fromElement), count * to.moments().bytes());
+        copy.bytes(buffer + piece.first(0), layout.first(at), count * layout.moments().bytes());
+        copy.bytes(buffer + piece.second(0), layout.second(at), count * layout.moments().bytes());
     }
 
     /**
@@ -115,7 +119,7 @@ final class HostState implements AutoCloseable {
             try (Scope scope = Scope.open()) {
                 Tensor remainders = Tensor.empty(device, DType.BFLOAT16, count); // 16 bits each
                 kernels.drawRemainders(weights.narrow(0, from, count), remainders.address(), element + from);
-                current.copy(memory.segment().address() + layout.remainder(at + from), remainders.address(), count * SplitMasters.BYTES);
+                memory.copyFrom(current, remainders.address(), layout.remainder(at + from), count * SplitMasters.BYTES);
             }
         }
     }
