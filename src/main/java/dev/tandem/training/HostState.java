@@ -7,13 +7,14 @@ import dev.tandem.device.Device;
 import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import java.util.function.LongConsumer;
 
 /**
  * The part of a GPU's optimizer state that stays in page-locked host memory. In each step, piece after piece of it is copied to the device,
  * updated there, and copied back, in the manner of ZeRO-Offload (Ren et al. 2021) but with the update on the device.
  *
- * <p>Of two buffers one is filled, on a stream of its own, while the other's piece is updated and goes back on the thread's stream: the
- * bus is busy in both directions, and the time of the update is all that is added to the copies'.
+ * <p>Of two buffers one is filled, on a stream of its own, while the other's piece is updated and goes back, on another one: the bus is
+ * busy in both directions, and the thread's stream only updates. It has time for the state that is on the device meanwhile.
  *
  * <p>Confined to the rank's thread. The owner closes it.
  */
@@ -28,7 +29,9 @@ final class HostState implements AutoCloseable {
     private final OptimizerLayout piece;
     private final PinnedMemory memory;
     private final CudaStream arrivals;
+    private final CudaStream departures;
     private final CudaEvent[] arrived = new CudaEvent[BUFFERS];
+    private final CudaEvent[] updated = new CudaEvent[BUFFERS];
     private final CudaEvent[] returned = new CudaEvent[BUFFERS];
     private final long[] buffers = new long[BUFFERS];
     private int turn;
@@ -40,8 +43,10 @@ final class HostState implements AutoCloseable {
         piece = piece(layout);
         memory = new PinnedMemory(device, layout.bytes());
         arrivals = CudaStream.create(device);
+        departures = CudaStream.create(device);
         for (int i = 0; i < BUFFERS; i++) {
             arrived[i] = new CudaEvent(device, false);
+            updated[i] = new CudaEvent(device, false);
             returned[i] = new CudaEvent(device, false);
         }
     }
@@ -70,26 +75,32 @@ final class HostState implements AutoCloseable {
     }
 
     /**
-     * Copies a piece to a buffer.
+     * Has a piece updated, after what the thread has launched so far.
      *
      * @param at its first element
      * @param count its elements, at most {@link #PIECE}
-     * @return the buffer's address; what the thread launches next finds the piece there
+     * @param update launches the update on the thread's stream, given the piece's address on the device
      */
-    long fetch(long at, long count) {
+    void pass(long at, long count, LongConsumer update) {
         turn = (turn + 1) % BUFFERS;
         arrivals.await(returned[turn]);
         copy((buffer, offset, bytes) -> memory.copyTo(arrivals, buffer, offset, bytes), at, count);
         arrivals.record(arrived[turn]);
-        CudaStream.current(device).await(arrived[turn]);
-        return buffers[turn];
+        CudaStream current = CudaStream.current(device);
+        current.await(arrived[turn]);
+        update.accept(buffers[turn]);
+        current.record(updated[turn]);
+        departures.await(updated[turn]);
+        copy((buffer, offset, bytes) -> memory.copyFrom(departures, buffer, offset, bytes), at, count);
+        departures.record(returned[turn]);
     }
 
-    /** Copies the piece that was fetched last back, after what the thread has launched. */
-    void putBack(long at, long count) {
+    /** Ends the step: what the thread launches next may use the buffers' memory. */
+    void end() {
         CudaStream current = CudaStream.current(device);
-        copy((buffer, offset, bytes) -> memory.copyFrom(current, buffer, offset, bytes), at, count);
-        current.record(returned[turn]);
+        for (CudaEvent mark : returned) {
+            current.await(mark);
+        }
     }
 
     /** One way or the other between an address of the device and an offset in the memory. */
@@ -127,8 +138,10 @@ final class HostState implements AutoCloseable {
     @Override
     public void close() {
         arrivals.close();
+        departures.close();
         for (int i = 0; i < BUFFERS; i++) {
             arrived[i].close();
+            updated[i].close();
             returned[i].close();
         }
         memory.close();

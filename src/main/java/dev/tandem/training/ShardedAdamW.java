@@ -13,6 +13,10 @@ import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.parallel.Collectives;
 import java.lang.foreign.MemorySegment;
+import java.util.ArrayDeque;
+import java.util.ArrayList;
+import java.util.Deque;
+import java.util.List;
 import java.util.Objects;
 import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
@@ -175,24 +179,41 @@ final class ShardedAdamW implements AutoCloseable {
             host.begin();
         }
         on.begin(gradients.all(), loss.to(DType.FLOAT32), collectives);
+        Deque<Runnable> staying = new ArrayDeque<>();
+        List<Runnable> passing = new ArrayList<>();
         for (WeightGroup group : arena.groups()) {
+            boolean stays = offset(group) >= hostElements;
             runs(group, (from, to, decays) -> {
                 long at = offset(group) + from - start(group);
                 long gradient = gradients.all().address() + at * Float.BYTES;
                 long weights = group.flat().address() + from * arena.dtype().bytes();
-                if (host == null || at >= hostElements) {
-                    on.update(gradient, resident.address(), layout, at - hostElements, false, weights, to - from, group.offset() + from, lr,
-                            decays);
+                long element = group.offset() + from;
+                if (stays) {
+                    staying.add(() -> on.update(gradient, resident.address(), layout, at - hostElements, false, weights, to - from, element,
+                            lr, decays));
                     return;
                 }
                 for (long done = 0; done < to - from; done += HostState.PIECE) {
-                    long n = Math.min(HostState.PIECE, to - from - done);
-                    on.update(gradient + done * Float.BYTES, host.fetch(at + done, n), host.piece(), 0, true,
-                            weights + done * arena.dtype().bytes(), n, group.offset() + from + done, lr, decays);
-                    host.putBack(at + done, n);
+                    long first = done;
+                    long count = Math.min(HostState.PIECE, to - from - done);
+                    passing.add(() -> Objects.requireNonNull(host).pass(at + first, count, state -> on.update(
+                            gradient + first * Float.BYTES, state, host.piece(), 0, true, weights + first * arena.dtype().bytes(), count,
+                            element + first, lr, decays)));
                 }
             });
-            collectives.allGather(group.flat());
+            (stays ? staying : passing).add(() -> collectives.allGather(group.flat()));
+        }
+        // While a piece passes there is time for what is on the device.
+        int each = Math.ceilDiv(staying.size(), Math.max(1, passing.size()));
+        for (Runnable piece : passing) {
+            piece.run();
+            for (int i = 0; i < each && !staying.isEmpty(); i++) {
+                staying.remove().run();
+            }
+        }
+        staying.forEach(Runnable::run);
+        if (host != null) {
+            host.end();
         }
         return on.outcome(loss);
     }

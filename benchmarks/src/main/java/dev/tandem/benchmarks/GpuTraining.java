@@ -21,8 +21,8 @@ import java.util.Random;
  *
  * <pre>
  * GpuTraining [bf16-moments] SHAPE…
- *     sequences of 4,096 tokens, and as many tokens in sequences of 1,024 and of 200 to 1,500: tokens/s, model FLOPs utilisation, memory, milliseconds in
- *     which the optimizer updates the weights
+ *     sequences of 4,096 tokens, and as many tokens in sequences of 1,024 and of 200 to 1,500: tokens/s, model FLOPs utilisation, memory,
+ *     milliseconds in which the optimizer updates the weights
  * </pre>
  *
  * <p>FLOPs are counted as {@code hf_train.py} of the peers counts them: 6 for each parameter and token, and attention without its mask.
