@@ -305,7 +305,8 @@ def testAgainstTorch():
                     label = name.split(' n=')[0]
                     scale = highest + 1e-30
                     close(label + ' first:' + name, run.first, expected['exp_avg'], scale, 0.02 if momentsBf16 else 2e-6)
-                    close(label + ' second:' + name, run.second, expected['exp_avg_sq'], scale.square(), 0.03 if momentsBf16 else 2e-6)
+                    # Squares of what clipping leaves of the smallest gradients are beyond float32.
+                    close(label + ' second:' + name, run.second, expected['exp_avg_sq'], scale.square() + 1e-31, 0.03 if momentsBf16 else 2e-6)
                     movement = oracle.detach() - initial.double()
                     close(label + ' movement:' + name, run.exact().double() - initial.double(), movement,
                           10 * lr, 0.02 if momentsBf16 else 2e-5)
@@ -443,7 +444,7 @@ def testManyElements():
     arrays = (gradient, first, second, remainder, weights)
     partial = sumOfSquares(gradient, 660)
     want = sum(gradient[i:i + 2 ** 27].double().square().sum().item() for i in range(0, n, 2 ** 27))
-    close('squares: 2^31', partial.sum().cpu(), torch.tensor(want), want, 1e-12)
+    close('squares: 2^31', partial.sum().cpu(), torch.tensor(want, dtype=torch.float64), want, 1e-12)
     windows = [(a, min(a + 2048, n)) for a in (0, 2 ** 29 - 1024, 2 ** 30 - 1024, 2 ** 31 - 1024, n - 1027)]
     before = [[x[a:b].clone() for x in arrays] for a, b in windows]
     state = makeState(scale=0.5, step=3)

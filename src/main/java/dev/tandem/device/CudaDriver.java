@@ -41,8 +41,6 @@ final class CudaDriver {
     private static final MethodHandle GET_DEVICE = function("cuDeviceGet", ADDRESS, JAVA_INT);
     private static final MethodHandle GET_ATTRIBUTE = function("cuDeviceGetAttribute", ADDRESS, JAVA_INT, JAVA_INT);
     private static final MethodHandle SYNCHRONIZE = function("cuCtxSynchronize");
-    private static final MethodHandle GET_CONTEXT = function("cuCtxGetCurrent", ADDRESS);
-    private static final MethodHandle SET_CONTEXT = function("cuCtxSetCurrent", JAVA_LONG);
     private static final MethodHandle MEMORY_INFO = function("cuMemGetInfo_v2", ADDRESS, ADDRESS);
 
     private static final MethodHandle RESERVE =
@@ -140,26 +138,6 @@ final class CudaDriver {
     static void synchronize() {
         try {
             check("cuCtxSynchronize", (int) SYNCHRONIZE.invokeExact());
-        } catch (Throwable e) {
-            throw ForeignCalls.rethrown(e);
-        }
-    }
-
-    /** {@return the calling thread's context, 0 if it has none} */
-    static long currentContext() {
-        try (Arena arena = Arena.ofConfined()) {
-            MemorySegment out = arena.allocate(JAVA_LONG);
-            check("cuCtxGetCurrent", (int) GET_CONTEXT.invokeExact(out));
-            return out.get(JAVA_LONG, 0);
-        } catch (Throwable e) {
-            throw ForeignCalls.rethrown(e);
-        }
-    }
-
-    /** Makes a context the calling thread's: enough for the driver's calls, and without a stream of libtorch's pool. */
-    static void useContext(long context) {
-        try {
-            check("cuCtxSetCurrent", (int) SET_CONTEXT.invokeExact(context));
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }
@@ -289,7 +267,7 @@ final class CudaDriver {
         }
     }
 
-    /** @param address with which a registration began */
+    /** Undoes a registration that began at {@code address}. */
     static void unregisterHost(long address) {
         try {
             check("cuMemHostUnregister", (int) HOST_UNREGISTER.invokeExact(address));

@@ -10,13 +10,8 @@ import org.jspecify.annotations.Nullable;
 public final class PinnedMemory implements AutoCloseable {
     private static final System.Logger LOG = System.getLogger(PinnedMemory.class.getName());
 
-    /** From how many bytes on memory is cleared by several threads and registered then: the driver takes 0.8 s for a GiB. */
+    /** From how many bytes on memory is registered after several threads have cleared it: the driver takes 0.4 to 0.8 s for a GiB. */
     private static final long LEAST_REGISTERED = 256L << 20;
-
-    private static final int THREADS = Math.min(16, Runtime.getRuntime().availableProcessors());
-
-    /** Bytes that are registered at a time: all as one, which copies of any length may cross. */
-    private static final long PART = Long.MAX_VALUE;
 
     private final MemorySegment memory;
     /** What holds the memory; null when it is the driver's. */
@@ -38,38 +33,10 @@ public final class PinnedMemory implements AutoCloseable {
         memory = registered == null ? allocate(bytes).fill((byte) 0) : registered.segment().asSlice(0, bytes);
     }
 
-    private PinnedMemory(MemorySegment memory, @Nullable RegisteredMemory registered) {
-        this.memory = memory;
-        this.registered = registered;
-    }
-
-    /**
-     * {@return memory that the driver allocates, whatever its size; what it holds at first is not defined}
-     *
-     * @throws TandemException when the machine does not have that much
-     */
-    public static PinnedMemory allocated(Device device, long bytes) {
-        Cuda.use(device);
-        return new PinnedMemory(allocate(bytes), null);
-    }
-
-    /**
-     * {@return memory of the process, all zero, that is registered with the driver, whatever its size}
-     *
-     * @param threads how many clear pages, and register parts, at a time; at least 1
-     * @param part bytes that are registered at a time, a multiple of 64 KiB; all as one if it is no longer
-     * @throws TandemException when the machine does not have that much, or the driver refuses
-     */
-    public static PinnedMemory registered(Device device, long bytes, int threads, long part) {
-        Cuda.use(device);
-        RegisteredMemory registered = new RegisteredMemory(bytes, threads, part);
-        return new PinnedMemory(registered.segment().asSlice(0, bytes), registered);
-    }
-
     /** An old kernel, a limit on locked memory or a container's limit keeps ordinary memory from being registered, not the driver's own. */
     private static @Nullable RegisteredMemory registeredIfPossible(long bytes) {
         try {
-            return new RegisteredMemory(bytes, THREADS, PART);
+            return new RegisteredMemory(bytes);
         } catch (TandemException e) {
             LOG.log(System.Logger.Level.INFO, "{0} MiB of host memory cannot be registered ({1}): the driver allocates them, "
                     + "which takes longer", bytes >> 20, e.getMessage());
@@ -122,15 +89,8 @@ public final class PinnedMemory implements AutoCloseable {
         if (offset < 0 || bytes < 0 || offset > memory.byteSize() - bytes) {
             throw new IllegalArgumentException("bytes " + offset + " to " + (offset + bytes) + " of " + memory.byteSize());
         }
-        long part = registered == null ? Long.MAX_VALUE : registered.part();
-        long end = offset + bytes;
-        long next;
-        for (long at = offset; at < end; at = next) {
-            next = Math.min(end, at - at % part + part);
-            long host = memory.address() + at;
-            long other = address + at - offset;
-            CudaDriver.copy(toDevice ? other : host, toDevice ? host : other, next - at, stream);
-        }
+        long host = memory.address() + offset;
+        CudaDriver.copy(toDevice ? address : host, toDevice ? host : address, bytes, stream);
     }
 
     @Override

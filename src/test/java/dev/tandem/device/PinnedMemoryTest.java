@@ -25,17 +25,8 @@ class PinnedMemoryTest {
         }
     }
 
-    /** As one, and in parts of which the last is shorter. */
-    @ParameterizedTest
-    @ValueSource(longs = {Long.MAX_VALUE, 128L << 20})
-    void comesBackFromTheDeviceBitForBit(long part) {
-        try (PinnedMemory memory = PinnedMemory.registered(CUDA, BYTES, 4, part)) {
-            checkRoundTrip(memory);
-        }
-    }
-
     @Test
-    void ofTheUsualConstructionComesBackBitForBit() {
+    void comesBackFromTheDeviceBitForBit() {
         try (PinnedMemory memory = new PinnedMemory(CUDA, BYTES)) {
             checkRoundTrip(memory);
         }
@@ -51,7 +42,7 @@ class PinnedMemoryTest {
         CudaStream stream = CudaStream.current(CUDA);
         try (Scope scope = Scope.open()) {
             long device = Tensor.empty(CUDA, DType.FLOAT32, BYTES / Float.BYTES).address();
-            long middle = (128L << 20) - 12; // crosses the first four parts' ends
+            long middle = (128L << 20) - 12;
             long length = (400L << 20) + 20;
             memory.copyTo(stream, device, 0, middle);
             memory.copyTo(stream, device + middle, middle, length);
@@ -82,12 +73,11 @@ class PinnedMemoryTest {
     @Test
     void isClosedOnceAndCanBeHadAgain() {
         for (int i = 0; i < 5; i++) {
-            PinnedMemory parts = PinnedMemory.registered(CUDA, BYTES, 4, 256L << 20);
-            parts.close();
-            parts.close();
-            PinnedMemory allocated = PinnedMemory.allocated(CUDA, 1 << 20);
-            allocated.close();
-            allocated.close();
+            for (long bytes : new long[] {BYTES, 1 << 20}) {
+                PinnedMemory memory = new PinnedMemory(CUDA, bytes);
+                memory.close();
+                memory.close();
+            }
         }
     }
 
@@ -95,8 +85,8 @@ class PinnedMemoryTest {
     @Test
     void whatTheMachineLacksIsRefused() {
         long more = ProcessMemory.available() + (4L << 30);
-        assertThrows(TandemException.class, () -> PinnedMemory.registered(CUDA, more, 4, 1L << 30));
-        try (PinnedMemory memory = PinnedMemory.registered(CUDA, BYTES, 4, Long.MAX_VALUE)) {
+        assertThrows(TandemException.class, () -> new RegisteredMemory(more));
+        try (PinnedMemory memory = new PinnedMemory(CUDA, BYTES)) {
             assertEquals(BYTES, memory.segment().byteSize());
         }
     }
