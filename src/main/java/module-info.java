@@ -10,6 +10,7 @@ module dev.tandem {
     requires commons.math3;
     requires java.logging;
     requires jdk.jfr;
+    requires jdk.management;
 
     exports dev.tandem;
     exports dev.tandem.device;

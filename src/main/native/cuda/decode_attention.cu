@@ -33,9 +33,9 @@
 //   workCount 1 int
 //   partials  floats: maxItems x HEADS x (HEAD_DIM + 4): output, base-2 log-sum-exp, 3 unused
 //   counters  maxRows x KV_HEADS ints, zero before the first launch and after every launch
-//   oldPages  1 int, not 0: the kernel right before this one, which lets this one start early, writes of what is read here only the
-//             query and each row's newest key and value; everything else was complete when that one let this one start, and is read
-//             before it ends. 0, or a null pointer: nothing is read before
+//   oldPages  not 0: the kernel right before this one, which lets this one start early, writes of what is read here only the query
+//             and each row's newest key and value; everything else was complete when that one let this one start, and is read
+//             before it ends. 0: nothing is read before
 // where maxItems bounds the number of items, as max(wantedItems, (tokens of all rows) / SPLIT) + maxRows always does.
 //
 // Launches. planDecode: 1 block of PLAN_THREADS. decodeAttention: blocks of 32 * WARPS threads, multiprocessors x resident blocks
@@ -289,9 +289,9 @@ DEVICE void gatherSplits(const float* partials, const int* unit, int warp, int l
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers,
                 const int* blockTable, int maxBlocksPerSlot, const int* work,
-                const int* workCount, int maxItems, float* partials, int* counters, float scale, const int* oldPages) {
+                const int* workCount, int maxItems, float* partials, int* counters, float scale, int oldPages) {
     admitSuccessor();
-    if (!oldPages || !*oldPages) {
+    if (!oldPages) {
         awaitPredecessor();
     }
     extern __shared__ __align__(128) unsigned char sharedMemory[];

@@ -6,7 +6,7 @@
 // depend on the elements, on the number of blocks and on the gradient's address modulo 16. Ranks that each hold a slice add up
 // their partial sums, element by element, and their losses between the two stages; then all of them decide alike.
 //   norm = sqrt(sum of g^2),  scale = norm > clip ? clip / (norm + 1e-6) : 1        (Pascanu, Mikolov and Bengio 2013)
-// If norm (as float32) or loss is not finite, the step is skipped: it is counted, and `adamw` leaves weights, masters and moments
+// If norm (as float32) or loss is not finite, the step is skipped: it is counted, and `adamw` leaves weights, remainders and moments
 // as they are. It still clears the gradient if it was to, for that is what must not survive.
 //
 // AdamW (Loshchilov and Hutter 2019), for each element and the t-th step that is not skipped:
@@ -14,8 +14,13 @@
 //   m  = m + (1 - beta1) (g - m)                          first moment
 //   v  = beta2 v + (1 - beta2) g^2                        second moment
 //   w  = w - lr * decay * w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
-// Decay and update are added before they are taken from w, so w is rounded once; w is the float32 master, of which the model's
-// bfloat16 weight is the rounding to nearest even. Corrections and other factors are computed in float64, once for each block.
+// Decay and update are added before they are taken from w, so w is rounded once. Corrections and other factors are computed in
+// float64, once for each block.
+//
+// Masters. w is a float32 master, of which the model's bfloat16 weight is the rounding to nearest, halves away from zero. The weight
+// lies in the model; what is kept beside it are the 16 bits that rounding cut off, the remainder. Taken as a signed number it is
+// master - weight in units of the master's last place, so nothing is lost: bits of master = (weight << 16) + remainder. A weight of
+// zero has no remainder: whoever sets weights to zero must not find a NaN there.
 //
 // Moments of 16 bits (MOMENTS_BF16): the update uses m and v before they are rounded; what is kept is rounded up or down at
 // random with the probabilities that leave the mean unchanged, or a slow average would stand still: with beta2 = 0.999 most steps
@@ -23,12 +28,12 @@
 // next 16 for v. So a run repeats bit for bit, however the elements are spread over launches and devices.
 //
 // Memory is the limit. Bytes for each element, read + written (+ 4 where the gradient is cleared):
-//   float32 moments 16 + 14;  bfloat16 moments 12 + 10;  float32 weights 16 + 12, with bfloat16 moments 12 + 8
+//   float32 moments 16 + 12, bfloat16 moments 12 + 8; for float32 weights the same
 // Four elements an access (16 bytes of float32), VECTORS of them at a distance per thread, so that each access of a warp is
 // contiguous. What a block needs first is under way while its factors are computed.
 //
 // Arguments
-//   gradient       float32 [n];  first, second  Moment [n];  master float32 [n] (unused with WEIGHTS_FLOAT);  weights Weight [n]
+//   gradient       float32 [n];  first, second  Moment [n];  remainder 16 bits [n] (unused with WEIGHTS_FLOAT);  weights Weight [n]
 //   n              any number, 64 bits. Pointers may have any alignment their type allows; where no offset makes all vectors
 //                  aligned at once, elements are taken one by one, with the same results. Nothing outside [0, n) is touched.
 //   partial        float64 [parts]: every one is written
@@ -40,7 +45,7 @@
 // Launches, in this order, 256 threads each
 //   squares        grid (parts). The same parts always, for the same bits; residentBlocks * multiprocessors (5 * 132 on an H200).
 //   normAndScale   grid (1)
-//   drawMasters    when weights have come from elsewhere: grid of any size, 256 threads
+//   drawRemainders when weights have come from elsewhere: grid of any size, 256 threads
 //   adamw          once for each run of elements with the same decay. Any grid gives the same bits:
 //                  min(ceil(n / (1024 * VECTORS)), residentBlocks * multiprocessors), at least 1.
 //
@@ -109,6 +114,51 @@ DEVICE float toFloat(float x) { return x; }
 DEVICE void store(float* to, float x) { *to = x; }
 DEVICE void store(bf16* to, float x) { *to = toBf16(x); }
 
+// ---- masters ---------------------------------------------------------------------------------------------------------------
+
+DEVICE bool isFinite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+#if WEIGHTS_FLOAT  // they are their own masters
+DEVICE void loadMasters(float (&x)[4], const float* weights, const bf16*, long long at) { load(x, weights + at); }
+DEVICE void storeMasters(float* weights, bf16*, long long at, const float (&x)[4]) { store(weights + at, x); }
+DEVICE float loadMaster(const float* weights, const bf16*, long long at) { return weights[at]; }
+DEVICE void storeMaster(float* weights, bf16*, long long at, float x) { weights[at] = x; }
+#else
+// weight: the upper half of a float32
+DEVICE float join(u32 weight, u32 remainder) {
+    return __uint_as_float(weight + ((weight & 0x7fffffffu) ? (int) (short) remainder : 0));
+}
+
+// The weight in the upper half, the remainder in the lower one.
+DEVICE u32 split(float master) {
+    const u32 bits = __float_as_uint(master);
+    return ((isFinite(master) ? bits + 0x8000u : packBf16(0.0f, master)) & 0xffff0000u) | (bits & 0xffffu);
+}
+
+DEVICE void loadMasters(float (&x)[4], const bf16* weights, const bf16* remainder, long long at) {
+    const uint2 w = __ldcs(reinterpret_cast<const uint2*>(weights + at)), r = __ldcs(reinterpret_cast<const uint2*>(remainder + at));
+    x[0] = join(w.x << 16, r.x), x[1] = join(w.x & 0xffff0000u, r.x >> 16);
+    x[2] = join(w.y << 16, r.y), x[3] = join(w.y & 0xffff0000u, r.y >> 16);
+}
+
+DEVICE void storeMasters(bf16* weights, bf16* remainder, long long at, const float (&x)[4]) {
+    const u32 a = split(x[0]), b = split(x[1]), c = split(x[2]), d = split(x[3]);
+    __stcs(reinterpret_cast<uint2*>(weights + at), make_uint2(__byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x7632)));
+    __stcs(reinterpret_cast<uint2*>(remainder + at), make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410)));
+}
+
+DEVICE float loadMaster(const bf16* weights, const bf16* remainder, long long at) {
+    return join((u32) weights[at] << 16, remainder[at]);
+}
+
+DEVICE void storeMaster(bf16* weights, bf16* remainder, long long at, float x) {
+    const u32 both = split(x);
+    weights[at] = (bf16) (both >> 16), remainder[at] = (bf16) both;
+}
+#endif
+
+// ---- runs of elements ------------------------------------------------------------------------------------------------------
+
 template <typename T>
 DEVICE bool aligned(const T* pointer) { return (u64) pointer % (4 * sizeof(T)) == 0; }
 
@@ -172,8 +222,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 5)
         partial[blockIdx.x] = sum;
     }
 }
-
-DEVICE bool isFinite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
         normAndScale(const double* partial, int parts, double clip, const float* loss, StepState* state) {
@@ -268,14 +316,14 @@ DEVICE void update(const Factors& f, float gradient, float& first, float& second
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
-        adamw(float* gradient, Moment* first, Moment* second, float* master, Weight* weights, long long n, double lr,
+        adamw(float* gradient, Moment* first, Moment* second, bf16* remainder, Weight* weights, long long n, double lr,
               double beta1, double beta2, double epsilon, double decay, int clear, u64 seed, long long index,
               const StepState* state) {
     followPredecessor();
     __shared__ Factors shared;
-    float* current = WEIGHTS_FLOAT ? (float*) weights : master;
     const long long lead = leadOf(gradient, n);
-    const bool together = aligned(first + lead) && aligned(second + lead) && aligned(current + lead) && aligned(weights + lead);
+    const bool together = aligned(first + lead) && aligned(second + lead) && aligned(weights + lead) &&
+                          (WEIGHTS_FLOAT || aligned(remainder + lead));
     const Cut cut = together ? cutAt(lead, n) : Cut{n, 0, n};
 
     const long long start = (long long) blockIdx.x * (VECTORS * THREADS) + threadIdx.x;
@@ -287,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
             load(g[k], gradient + at);
             load(m[k], first + at);
             load(v[k], second + at);
-            load(w[k], current + at);
+            loadMasters(w[k], weights, remainder, at);
         }
     };
     fetch(start);
@@ -309,10 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
                 }
                 store(first + at, m[k]);
                 store(second + at, v[k]);
-                store(current + at, w[k]);
-                if (!WEIGHTS_FLOAT) {
-                    store(weights + at, w[k]);
-                }
+                storeMasters(weights, remainder, at, w[k]);
             }
             if (clear) {
                 store(gradient + at, zeros);
@@ -323,14 +368,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
     for (long long i = (long long) blockIdx.x * THREADS + threadIdx.x; i < cut.rest; i += (long long) gridDim.x * THREADS) {
         const long long at = cut.restAt(i);
         if (f.apply) {
-            float mean = toFloat(first[at]), square = toFloat(second[at]), weight = current[at];
+            float mean = toFloat(first[at]), square = toFloat(second[at]);
+            float weight = loadMaster(weights, remainder, at);
             update(f, gradient[at], mean, square, weight, index + at);
             store(first + at, mean);
             store(second + at, square);
-            store(current + at, weight);
-            if (!WEIGHTS_FLOAT) {
-                store(weights + at, weight);
-            }
+            storeMaster(weights, remainder, at, weight);
         }
         if (clear) {
             gradient[at] = 0.0f;
@@ -338,19 +381,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
     }
 }
 
-// ---- masters ---------------------------------------------------------------------------------------------------------------
+// ---- masters of new weights ------------------------------------------------------------------------------------------------
 
 #if !WEIGHTS_FLOAT
-// For each bfloat16 weight one of the float32 numbers that round to it, all equally likely; its bits by CounterRandom.bits(seed, 0, index).
-extern "C" __global__ void __launch_bounds__(THREADS) drawMasters(const bf16* weights, float* masters, long long n, u64 seed,
-                                                                  long long index) {
+// For each weight one of the float32 numbers that round to it, all equally likely; its bits by CounterRandom.bits(seed, 0, index).
+extern "C" __global__ void __launch_bounds__(THREADS) drawRemainders(const bf16* weights, bf16* remainders, long long n, u64 seed,
+                                                                     long long index) {
     followPredecessor();
     const u64 key = mix((mix(seed + GAMMA) ^ 0) + GAMMA);
     for (long long i = (long long) blockIdx.x * THREADS + threadIdx.x; i < n; i += (long long) gridDim.x * THREADS) {
-        const u32 bits = (u32) weights[i] << 16;
-        const bool drawn = (bits & 0x7fffffffu) != 0 && (bits & 0x7f800000u) != 0x7f800000u;
-        const int noise = (int) (((u32) mix((key ^ (u64) (index + i)) + GAMMA) & 0xffff) * 0xffffu >> 16) - 0x7fff;
-        masters[i] = __uint_as_float(drawn ? bits + noise : bits);
+        const bool drawn = (weights[i] & 0x7fff) != 0 && (weights[i] & 0x7f80) != 0x7f80;
+        const u32 noise = (u32) mix((key ^ (u64) (index + i)) + GAMMA) & 0xffff;
+        remainders[i] = drawn ? (bf16) ((noise * 0xffffu >> 16) - 0x7fff) : 0;
     }
 }
 #endif

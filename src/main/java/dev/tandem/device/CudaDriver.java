@@ -23,6 +23,9 @@ final class CudaDriver {
     /** CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating. */
     private static final int CAPTURE_THREAD_LOCAL = 1;
 
+    /** CU_MEMHOSTREGISTER_PORTABLE: page-locked for all contexts, as memory of cuMemHostAlloc is. */
+    private static final int REGISTER_PORTABLE = 1;
+
     private static final int MEM_ALLOCATION_TYPE_PINNED = 1;
     private static final int MEM_LOCATION_TYPE_DEVICE = 1;
     private static final int MEM_ACCESS_READ_WRITE = 3;
@@ -52,6 +55,8 @@ final class CudaDriver {
 
     private static final MethodHandle HOST_ALLOC = function("cuMemHostAlloc", ADDRESS, JAVA_LONG, JAVA_INT);
     private static final MethodHandle HOST_FREE = function("cuMemFreeHost", JAVA_LONG);
+    private static final MethodHandle HOST_REGISTER = function("cuMemHostRegister_v2", JAVA_LONG, JAVA_LONG, JAVA_INT);
+    private static final MethodHandle HOST_UNREGISTER = function("cuMemHostUnregister", JAVA_LONG);
     private static final MethodHandle COPY = function("cuMemcpyAsync", JAVA_LONG, JAVA_LONG, JAVA_LONG, JAVA_LONG);
 
     private static final MethodHandle LOAD_MODULE = function("cuModuleLoadData", ADDRESS, ADDRESS);
@@ -248,6 +253,24 @@ final class CudaDriver {
     static void freePinned(long address) {
         try {
             check("cuMemFreeHost", (int) HOST_FREE.invokeExact(address));
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** Page-locks memory that is there already. */
+    static void registerHost(long address, long bytes) {
+        try {
+            check("cuMemHostRegister", (int) HOST_REGISTER.invokeExact(address, bytes, REGISTER_PORTABLE));
+        } catch (Throwable e) {
+            throw ForeignCalls.rethrown(e);
+        }
+    }
+
+    /** Undoes a registration that began at {@code address}. */
+    static void unregisterHost(long address) {
+        try {
+            check("cuMemHostUnregister", (int) HOST_UNREGISTER.invokeExact(address));
         } catch (Throwable e) {
             throw ForeignCalls.rethrown(e);
         }

@@ -24,14 +24,6 @@ public final class CudaStream implements AutoCloseable {
         return new CudaStream(Cuda.stream(device), false);
     }
 
-    /**
-     * Copies bytes from one address to another, either of which may lie in {@link PinnedMemory}. Neither is checked, and both must stay
-     * until the copy is done.
-     */
-    public void copy(long target, long source, long bytes) {
-        CudaDriver.copy(target, source, bytes, stream);
-    }
-
     /** Marks what this stream has been given so far. */
     public void record(CudaEvent mark) {
         CudaDriver.recordEvent(mark.handle(), stream);
@@ -40,6 +32,10 @@ public final class CudaStream implements AutoCloseable {
     /** Has this stream wait for the latest record of a mark before it does what it is given from now on; the host does not wait. */
     public void await(CudaEvent mark) {
         CudaDriver.streamWaits(stream, mark.handle());
+    }
+
+    long handle() {
+        return stream;
     }
 
     @Override

@@ -16,7 +16,7 @@ public final class DeviceMemory {
         WEIGHTS,
         /** Frozen weights of a reference model. */
         REFERENCE,
-        /** Adam's moments and, in a bfloat16 arena, the float32 master weights. */
+        /** Adam's moments and, in a bfloat16 arena, what its weights lack of their float32 masters. */
         OPTIMIZER,
         /** Accumulated gradients of this rank's shard, and the buckets that are being reduced. */
         GRADIENTS,

@@ -22,7 +22,13 @@ final class HostVirtualMemory implements VirtualMemory {
     private static final int MAP_ANONYMOUS = MAC ? 0x1000 : 0x20;
     private static final int MAP_NORESERVE = MAC ? 0x40 : 0x4000;
     private static final int MADV_DONTNEED = 4;
+    /** Of Linux. */
+    private static final int MADV_HUGEPAGE = 14;
     private static final long PAGE = 1L << 16;
+    /** The smallest page of any platform. */
+    private static final long LEAST_PAGE = 1L << 12;
+    /** What a thread touches before it takes the next piece: whole huge pages, and milliseconds. */
+    private static final long PIECE = 1L << 26;
 
     private static final StructLayout CALL_STATE = Linker.Option.captureStateLayout();
     private static final VarHandle ERRNO = CALL_STATE.varHandle(MemoryLayout.PathElement.groupElement("errno"));
@@ -87,6 +93,36 @@ final class HostVirtualMemory implements VirtualMemory {
         check(offset, bytes);
         call("commit", MPROTECT, offset, bytes, PROT_READ_WRITE);
         committed += bytes;
+    }
+
+    /**
+     * Commits the whole range and has its pages there at once, zero and as large as the system gives them. The kernel clears a page on the
+     * thread that touches it first, so this takes as many cores as there are lanes.
+     */
+    void populate(Lanes lanes) {
+        if (committed != 0) {
+            throw new IllegalStateException("part of this virtual memory is committed already");
+        }
+        commit(0, reserved);
+        if (!MAC) {
+            adviseHugePages();
+        }
+        MemorySegment all = MemorySegment.ofAddress(address).reinterpret(reserved);
+        lanes.share(Math.toIntExact(Math.ceilDiv(reserved, PIECE)), piece -> {
+            long end = Math.min(reserved, (piece + 1) * PIECE);
+            for (long at = piece * PIECE; at < end; at += LEAST_PAGE) {
+                all.set(ValueLayout.JAVA_BYTE, at, (byte) 0);
+            }
+        });
+    }
+
+    /** A kernel without huge pages refuses, and small pages do as well. */
+    private void adviseHugePages() {
+        try {
+            call("advise huge pages for", MADVISE, 0, reserved, MADV_HUGEPAGE);
+        } catch (TandemException e) {
+            System.getLogger(HostVirtualMemory.class.getName()).log(System.Logger.Level.DEBUG, e.getMessage());
+        }
     }
 
     @Override

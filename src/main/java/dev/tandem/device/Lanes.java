@@ -84,6 +84,20 @@ public final class Lanes implements AutoCloseable {
         }
     }
 
+    /**
+     * Runs {@code task} once with each number below {@code parts}, on whichever lane is free, and waits for all.
+     *
+     * @throws RuntimeException or Error: the first that a lane threw; the others take what is left
+     */
+    void share(int parts, IntConsumer task) {
+        AtomicInteger next = new AtomicInteger();
+        run(lane -> {
+            for (int part = next.getAndIncrement(); part < parts; part = next.getAndIncrement()) {
+                task.accept(part);
+            }
+        });
+    }
+
     /** Waits, within {@link #run}, until every lane has come here as often as this one. */
     public void meet() {
         if (threads.length == 0) {

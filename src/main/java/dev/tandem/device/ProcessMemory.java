@@ -1,6 +1,8 @@
 package dev.tandem.device;
 
+import com.sun.management.OperatingSystemMXBean;
 import java.io.IOException;
+import java.lang.management.ManagementFactory;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.List;
@@ -27,6 +29,18 @@ public final class ProcessMemory {
     public static long available() {
         long known = kibibytes(MACHINE, "MemAvailable:") << 10;
         return known == 0 ? Long.MAX_VALUE : known;
+    }
+
+    /**
+     * {@return bytes of ordinary memory that this process could still touch before the system ends a process for want of memory, or
+     * {@link Long#MAX_VALUE} when that is not known} Unlike {@link #available}, it counts the limit of a container, to which memory of
+     * the GPU's driver is not subject.
+     */
+    static long touchable() {
+        long machine = kibibytes(MACHINE, "MemTotal:") << 10;
+        OperatingSystemMXBean system = ManagementFactory.getPlatformMXBean(OperatingSystemMXBean.class);
+        // Without a limit the system's count of free memory leaves out what it could take from its caches.
+        return system.getTotalMemorySize() < machine ? Math.min(available(), system.getFreeMemorySize()) : available();
     }
 
     /** Begins to measure the peak anew, where the system allows it. */

@@ -343,7 +343,7 @@ final class CudaDecoder implements AutoCloseable {
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
                     tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale,
-                    input.countAddress(StepLayout.OLD_PAGES));
+                    input.layout().readsNew() ? 0 : 1);
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,

@@ -62,8 +62,6 @@ final class StepLayout {
     static final int DECODE_ROWS = 1;
     static final int WANTED = 2;
     static final int PAIRS = 3;
-    /** 1 where decode attention may read all tokens but the newest before they are complete. */
-    static final int OLD_PAGES = 4;
 
     static final int MAX_MASKED = 32;
     static final int PAIR_BYTES = 64;
@@ -83,6 +81,7 @@ final class StepLayout {
     private int rows;
     private int decodeRows;
     private int sequences;
+    private boolean readsNew;
     private int tiles;
     private int wantedCount;
     private boolean truncates;
@@ -173,11 +172,11 @@ final class StepLayout {
         put(memory, Field.COUNTS, DECODE_ROWS, decodeRows);
         put(memory, Field.COUNTS, WANTED, wantedCount);
         put(memory, Field.COUNTS, PAIRS, plan.sampleCount);
-        put(memory, Field.COUNTS, OLD_PAGES, plan.readsNew ? 0 : 1);
     }
 
     private void arrange(StepPlan plan) {
         rows = plan.rowCount;
+        readsNew = plan.readsNew;
         decodeRows = 0;
         for (int row = 0; row < rows; row++) {
             if (plan.granted[row] == 1) {
@@ -284,9 +283,14 @@ final class StepLayout {
 
     // ---- what was laid out ----------------------------------------------------------------------------------------------
 
-    /** {@return whether every row has one token} */
+    /** {@return whether every row has one token and none {@link #readsNew}: a decoding step, as its captured graph expects it} */
     boolean decodesOnly() {
-        return sequences == 0;
+        return sequences == 0 && !readsNew;
+    }
+
+    /** {@return whether a row of one token reads what another row writes in the same step} */
+    boolean readsNew() {
+        return readsNew;
     }
 
     int tokenCount() {

@@ -7,13 +7,14 @@ import dev.tandem.device.Device;
 import dev.tandem.device.PinnedMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
+import java.util.function.LongConsumer;
 
 /**
  * The part of a GPU's optimizer state that stays in page-locked host memory. In each step, piece after piece of it is copied to the device,
  * updated there, and copied back, in the manner of ZeRO-Offload (Ren et al. 2021) but with the update on the device.
  *
- * <p>Of two buffers one is filled, on a stream of its own, while the other's piece is updated and goes back on the thread's stream: the
- * bus is busy in both directions, and the time of the update is all that is added to the copies'.
+ * <p>Of two buffers one is filled, on a stream of its own, while the other's piece is updated and goes back, on another one: the bus is
+ * busy in both directions, and the thread's stream only updates. It has time for the state that is on the device meanwhile.
  *
  * <p>Confined to the rank's thread. The owner closes it.
  */
@@ -28,7 +29,9 @@ final class HostState implements AutoCloseable {
     private final OptimizerLayout piece;
     private final PinnedMemory memory;
     private final CudaStream arrivals;
+    private final CudaStream departures;
     private final CudaEvent[] arrived = new CudaEvent[BUFFERS];
+    private final CudaEvent[] updated = new CudaEvent[BUFFERS];
     private final CudaEvent[] returned = new CudaEvent[BUFFERS];
     private final long[] buffers = new long[BUFFERS];
     private int turn;
@@ -39,16 +42,17 @@ final class HostState implements AutoCloseable {
         this.layout = layout;
         piece = piece(layout);
         memory = new PinnedMemory(device, layout.bytes());
-        memory.segment().fill((byte) 0);
         arrivals = CudaStream.create(device);
+        departures = CudaStream.create(device);
         for (int i = 0; i < BUFFERS; i++) {
             arrived[i] = new CudaEvent(device, false);
+            updated[i] = new CudaEvent(device, false);
             returned[i] = new CudaEvent(device, false);
         }
     }
 
     private static OptimizerLayout piece(OptimizerLayout layout) {
-        return new OptimizerLayout(Math.min(PIECE, layout.elements()), layout.masters(), layout.moments());
+        return new OptimizerLayout(Math.min(PIECE, layout.elements()), layout.splits(), layout.moments());
     }
 
     /** {@return bytes of the device that a step takes while it lasts} */
@@ -71,51 +75,62 @@ final class HostState implements AutoCloseable {
     }
 
     /**
-     * Copies a piece to a buffer.
+     * Has a piece updated, after what the thread has launched so far.
      *
      * @param at its first element
      * @param count its elements, at most {@link #PIECE}
-     * @return the buffer's address; what the thread launches next finds the piece there
+     * @param update launches the update on the thread's stream, given the piece's address on the device
      */
-    long fetch(long at, long count) {
+    void pass(long at, long count, LongConsumer update) {
         turn = (turn + 1) % BUFFERS;
         arrivals.await(returned[turn]);
-        copy(arrivals, buffers[turn], piece, 0, memory.segment().address(), layout, at, count);
+        copy((buffer, offset, bytes) -> memory.copyTo(arrivals, buffer, offset, bytes), at, count);
         arrivals.record(arrived[turn]);
-        CudaStream.current(device).await(arrived[turn]);
-        return buffers[turn];
-    }
-
-    /** Copies the piece that was fetched last back, after what the thread has launched. */
-    void putBack(long at, long count) {
         CudaStream current = CudaStream.current(device);
-        copy(current, memory.segment().address(), layout, at, buffers[turn], piece, 0, count);
-        current.record(returned[turn]);
+        current.await(arrived[turn]);
+        update.accept(buffers[turn]);
+        current.record(updated[turn]);
+        departures.await(updated[turn]);
+        copy((buffer, offset, bytes) -> memory.copyFrom(departures, buffer, offset, bytes), at, count);
+        departures.record(returned[turn]);
     }
 
-    private static void copy(CudaStream stream, long target, OptimizerLayout to, long toElement, long source, OptimizerLayout from,
-            long fromElement, long count) {
-        if (to.masters()) {
-            stream.copy(target + to.master(toElement), source + from.master(fromElement), count * Float.BYTES);
+    /** Ends the step: what the thread launches next may use the buffers' memory. */
+    void end() {
+        CudaStream current = CudaStream.current(device);
+        for (CudaEvent mark : returned) {
+            current.await(mark);
         }
-        stream.copy(target + to.first(toElement), source + from.first(fromElement), count * to.moments().bytes());
-        stream.copy(target + to.second(toElement), source + from.second(fromElement), count * to.moments().bytes());
+    }
+
+    /** One way or the other between an address of the device and an offset in the memory. */
+    private interface Copy {
+        void bytes(long buffer, long offset, long bytes);
+    }
+
+    private void copy(Copy copy, long at, long count) {
+        long buffer = buffers[turn];
+        if (layout.splits()) {
+            copy.bytes(buffer + piece.remainder(0), layout.remainder(at), count * SplitMasters.BYTES);
+        }
+        copy.bytes(buffer + piece.first(0), layout.first(at), count * layout.moments().bytes());
+        copy.bytes(buffer + piece.second(0), layout.second(at), count * layout.moments().bytes());
     }
 
     /**
-     * Takes masters for weights on the device.
+     * Draws masters for weights on the device.
      *
      * @param at the first one's place
      * @param element its number in the model
      */
-    void refreshMasters(OptimizerKernels kernels, long at, Tensor weights, long element) {
+    void drawMasters(OptimizerKernels kernels, long at, Tensor weights, long element) {
         CudaStream current = CudaStream.current(device);
         for (long from = 0; from < weights.elements(); from += PIECE) {
             long count = Math.min(PIECE, weights.elements() - from);
             try (Scope scope = Scope.open()) {
-                Tensor masters = Tensor.empty(device, DType.FLOAT32, count);
-                kernels.drawMasters(weights.narrow(0, from, count), masters.address(), element + from);
-                current.copy(memory.segment().address() + layout.master(at + from), masters.address(), count * Float.BYTES);
+                Tensor remainders = Tensor.empty(device, DType.BFLOAT16, count); // 16 bits each
+                kernels.drawRemainders(weights.narrow(0, from, count), remainders.address(), element + from);
+                memory.copyFrom(current, remainders.address(), layout.remainder(at + from), count * SplitMasters.BYTES);
             }
         }
     }
@@ -123,8 +138,10 @@ final class HostState implements AutoCloseable {
     @Override
     public void close() {
         arrivals.close();
+        departures.close();
         for (int i = 0; i < BUFFERS; i++) {
             arrived[i].close();
+            updated[i].close();
             returned[i].close();
         }
         memory.close();

@@ -10,7 +10,7 @@ import dev.tandem.model.WeightLayout;
  * <p>Where not all fits on a GPU, activations give way first: they are computed again. Then optimizer state does, group by group from the
  * arena's first: it stays in host memory, and every step copies it to the device and back.
  *
- * @param optimizer moments, and masters in a bfloat16 arena, that are on the device: these stay between training phases
+ * @param optimizer moments, and remainders of masters in a bfloat16 arena, that are on the device: these stay between training phases
  * @param hostGroups of how many groups the optimizer state stays in host memory
  * @param hostOptimizer bytes of that
  * @param gradients the rank's slice, and the buckets that are being reduced

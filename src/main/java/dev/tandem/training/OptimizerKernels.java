@@ -39,7 +39,7 @@ final class OptimizerKernels implements AutoCloseable {
     private final Kernel normAndScale;
     private final Kernel adamw;
     private final Kernel adamwAfterCopy;
-    private final @Nullable Kernel drawMasters;
+    private final @Nullable Kernel drawRemainders;
     private final int residentBlocks;
     private final Tensor partial;
     /** The kernel's StepState. */
@@ -58,7 +58,7 @@ final class OptimizerKernels implements AutoCloseable {
         normAndScale = module.kernel("normAndScale");
         adamw = module.kernel("adamw");
         adamwAfterCopy = adamw.afterPredecessor();
-        drawMasters = weights == DType.FLOAT32 ? null : module.kernel("drawMasters");
+        drawRemainders = SplitMasters.needed(weights) ? module.kernel("drawRemainders") : null;
         int multiprocessors = Cuda.multiprocessors(device);
         residentBlocks = multiprocessors * adamw.residentBlocks(THREADS, 0);
         try (Scope scope = Scope.open()) {
@@ -72,12 +72,12 @@ final class OptimizerKernels implements AutoCloseable {
      * Draws masters for weights, as {@link RandomRounding#draw}.
      *
      * @param weights BFLOAT16
-     * @param masters address of as many FLOAT32 numbers
+     * @param remainders address of as many
      * @param element the number of the first weight in the model
      */
-    void drawMasters(Tensor weights, long masters, long element) {
+    void drawRemainders(Tensor weights, long remainders, long element) {
         int blocks = (int) Math.clamp(Math.ceilDiv(weights.elements(), ELEMENTS), 1, residentBlocks);
-        Objects.requireNonNull(drawMasters).launch(device, Grid.of(blocks, THREADS), weights.address(), masters, weights.elements(), seed,
+        Objects.requireNonNull(drawRemainders).launch(device, Grid.of(blocks, THREADS), weights.address(), remainders, weights.elements(), seed,
                 element);
     }
 
@@ -111,7 +111,7 @@ final class OptimizerKernels implements AutoCloseable {
         int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, residentBlocks);
         double decay = options.decays(decays) ? options.weightDecay() : 0;
         (copied ? adamwAfterCopy : adamw).launch(device, Grid.of(blocks, THREADS), gradient, state + layout.first(at),
-                state + layout.second(at), layout.masters() ? state + layout.master(at) : 0L, weights, count, lr, options.beta1(),
+                state + layout.second(at), layout.splits() ? state + layout.remainder(at) : 0L, weights, count, lr, options.beta1(),
                 options.beta2(), options.epsilon(), decay, 0, seed, element, stepState.address());
     }
 

@@ -5,8 +5,9 @@ import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
 
 /**
- * What is random in the optimizer, on the CPU. Rounds moments to BFLOAT16, up or down at random with the probabilities that leave the mean unchanged, on the CPU. The noise is a
- * function of (seed, step, element), so a run repeats bit for bit however its elements are spread; {@code optimizer.cu} draws the same.
+ * What is random in the optimizer, on the CPU: the rounding of moments to BFLOAT16, up or down with the probabilities that leave the mean
+ * unchanged, and where masters begin. The noise is a function of (seed, step, element), so a run repeats bit for bit however its elements
+ * are spread; {@code optimizer.cu} draws the same.
  */
 final class RandomRounding {
     private static final long GAMMA = 0x9E3779B97F4A7C15L;
@@ -50,23 +51,21 @@ final class RandomRounding {
     }
 
     /**
-     * Draws FLOAT32 masters of BFLOAT16 weights: for each one of the numbers that round to it, all equally likely. Contiguous CPU tensors of
-     * the same length.
+     * Draws masters of weights: for each one of the numbers that round to it, all equally likely.
      *
-     * @param weights BFLOAT16
-     * @param masters FLOAT32, written
+     * @param weights BFLOAT16, contiguous on the CPU
+     * @param remainders of {@link SplitMasters}, as many, written
      * @param element the number of the first weight in the model
      */
-    static void draw(long seed, Tensor weights, Tensor masters, long element) {
+    static void draw(long seed, Tensor weights, MemorySegment remainders, long element) {
         long key = mix(mix(seed));
         MemorySegment from = weights.memory();
-        MemorySegment to = masters.memory();
         long count = weights.elements();
         for (long i = 0; i < count; i++) {
             int bits = from.getAtIndex(ValueLayout.JAVA_SHORT, i) << 16;
             boolean drawn = (bits & Integer.MAX_VALUE) != 0 && (bits & INFINITE) != INFINITE;
             int noise = (int) ((mix(key ^ (element + i)) & 0xffff) * 0xffff >>> 16) - 0x7fff;
-            to.setAtIndex(ValueLayout.JAVA_INT, i, drawn ? bits + noise : bits);
+            remainders.setAtIndex(ValueLayout.JAVA_SHORT, i, (short) (drawn ? noise : 0));
         }
     }
 

@@ -12,6 +12,11 @@ import dev.tandem.device.Tensor;
 import dev.tandem.model.WeightArena;
 import dev.tandem.model.WeightGroup;
 import dev.tandem.parallel.Collectives;
+import java.lang.foreign.MemorySegment;
+import java.util.ArrayDeque;
+import java.util.ArrayList;
+import java.util.Deque;
+import java.util.List;
 import java.util.Objects;
 import java.util.function.Supplier;
 import org.jspecify.annotations.Nullable;
@@ -19,8 +24,8 @@ import org.jspecify.annotations.Nullable;
 /**
  * AdamW (Loshchilov and Hutter 2019) over this rank's slice of every group, writing the arena in place.
  *
- * <p>In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of the slice is, and its rounding is
- * written to the arena: small updates would be lost otherwise. A master begins at one of the numbers that round to its weight, drawn at
+ * <p>In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of each is, or small updates would be
+ * lost. The arena has the master's upper half, rounded; the lower one is kept here ({@link SplitMasters}). A master begins at one of the numbers that round to its weight, drawn at
  * random. Would it begin at the weight itself, in the middle of what rounds to it, then no weight would move before its master has gone
  * half a unit in the last place, which at the learning rates of reinforcement learning is a hundred steps away; so as many weights move in
  * each step as the update is worth. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}.
@@ -38,6 +43,8 @@ import org.jspecify.annotations.Nullable;
 final class ShardedAdamW implements AutoCloseable {
     private static final System.Logger LOG = System.getLogger(ShardedAdamW.class.getName());
     private static final long CHUNK = 1 << 16;
+    /** For each element of a chunk on the CPU: denominator, moments that are rounded, master. */
+    private static final int SCRATCH = 4;
 
     private final WeightArena arena;
     private final Collectives collectives;
@@ -124,18 +131,18 @@ final class ShardedAdamW implements AutoCloseable {
 
     /** Draws the master weights again, after weights were loaded into the arena. */
     void refreshMaster() {
-        if (layout.masters()) {
+        if (layout.splits()) {
             try (Scope scope = Scope.open()) {
                 for (WeightGroup group : arena.groups()) {
                     Tensor own = group.flat().narrow(0, start(group), length(group));
                     long element = group.offset() + start(group);
-                    Tensor masters = present();
+                    Tensor resident = present();
                     if (kernels == null) {
-                        RandomRounding.draw(seed, own, masters.narrow(0, offset(group), length(group)), element);
+                        RandomRounding.draw(seed, own, remainders(offset(group)), element);
                     } else if (host != null && offset(group) < hostElements) {
-                        host.refreshMasters(kernels, offset(group), own, element);
+                        host.drawMasters(kernels, offset(group), own, element);
                     } else {
-                        kernels.drawMasters(own, masters.address() + layout.master(offset(group) - hostElements), element);
+                        kernels.drawRemainders(own, resident.address() + layout.remainder(offset(group) - hostElements), element);
                     }
                 }
             }
@@ -172,24 +179,41 @@ final class ShardedAdamW implements AutoCloseable {
             host.begin();
         }
         on.begin(gradients.all(), loss.to(DType.FLOAT32), collectives);
+        Deque<Runnable> staying = new ArrayDeque<>();
+        List<Runnable> passing = new ArrayList<>();
         for (WeightGroup group : arena.groups()) {
+            boolean stays = offset(group) >= hostElements;
             runs(group, (from, to, decays) -> {
                 long at = offset(group) + from - start(group);
                 long gradient = gradients.all().address() + at * Float.BYTES;
                 long weights = group.flat().address() + from * arena.dtype().bytes();
-                if (host == null || at >= hostElements) {
-                    on.update(gradient, resident.address(), layout, at - hostElements, false, weights, to - from, group.offset() + from, lr,
-                            decays);
+                long element = group.offset() + from;
+                if (stays) {
+                    staying.add(() -> on.update(gradient, resident.address(), layout, at - hostElements, false, weights, to - from, element,
+                            lr, decays));
                     return;
                 }
                 for (long done = 0; done < to - from; done += HostState.PIECE) {
-                    long n = Math.min(HostState.PIECE, to - from - done);
-                    on.update(gradient + done * Float.BYTES, host.fetch(at + done, n), host.piece(), 0, true,
-                            weights + done * arena.dtype().bytes(), n, group.offset() + from + done, lr, decays);
-                    host.putBack(at + done, n);
+                    long first = done;
+                    long count = Math.min(HostState.PIECE, to - from - done);
+                    passing.add(() -> Objects.requireNonNull(host).pass(at + first, count, state -> on.update(
+                            gradient + first * Float.BYTES, state, host.piece(), 0, true, weights + first * arena.dtype().bytes(), count,
+                            element + first, lr, decays)));
                 }
             });
-            collectives.allGather(group.flat());
+            (stays ? staying : passing).add(() -> collectives.allGather(group.flat()));
+        }
+        // While a piece passes there is time for what is on the device.
+        int each = Math.ceilDiv(staying.size(), Math.max(1, passing.size()));
+        for (Runnable piece : passing) {
+            piece.run();
+            for (int i = 0; i < each && !staying.isEmpty(); i++) {
+                staying.remove().run();
+            }
+        }
+        staying.forEach(Runnable::run);
+        if (host != null) {
+            host.end();
         }
         return on.outcome(loss);
     }
@@ -197,7 +221,7 @@ final class ShardedAdamW implements AutoCloseable {
     private void onCpu(GradientShard gradients, double lr, double scale) {
         long chunkSize = Math.min(layout.elements(), CHUNK);
         try (Gradients off = Gradients.disabled(); Scope step = Scope.open()) {
-            Tensor scratch = Tensor.empty(Device.cpu(), DType.FLOAT32, options.moments() == DType.FLOAT32 ? 1 : 3, chunkSize);
+            Tensor scratch = Tensor.empty(Device.cpu(), DType.FLOAT32, SCRATCH, chunkSize);
             steps++;
             for (WeightGroup group : arena.groups()) {
                 runs(group, (from, to, decays) -> {
@@ -222,14 +246,18 @@ final class ShardedAdamW implements AutoCloseable {
      *
      * @param from where it begins in the group
      * @param g its gradient
-     * @param scratch FLOAT32 [1 or, to round moments, 3, the chunk's length]
+     * @param scratch FLOAT32 [{@link #SCRATCH}, the chunk's length]
      */
     private void update(WeightGroup group, long from, Tensor g, Tensor scratch, double lr, boolean decays) {
         long n = g.elements();
         long at = offset(group) + from - start(group);
         boolean rounds = options.moments() != DType.FLOAT32;
         Tensor weights = group.flat().narrow(0, from, n);
-        Tensor w = layout.masters() ? present().narrow(0, at, n) : weights;
+        Tensor w = weights;
+        if (layout.splits()) {
+            w = scratch.select(0, 3);
+            SplitMasters.join(weights, remainders(at), w);
+        }
         Tensor first = Tensor.wrap(present().memory().asSlice(layout.first(at)), options.moments(), n);
         Tensor second = Tensor.wrap(present().memory().asSlice(layout.second(at)), options.moments(), n);
         Tensor mean = rounds ? scratch.select(0, 1).copyInPlace(first) : first;
@@ -242,12 +270,17 @@ final class ShardedAdamW implements AutoCloseable {
         Tensor denominator = scratch.select(0, 0).setSqrt(square)
                 .mulInPlace(1 / Math.sqrt(1 - Math.pow(options.beta2(), steps))).addInPlace(options.epsilon());
         w.addQuotientInPlace(mean, denominator, -lr / (1 - Math.pow(options.beta1(), steps)));
-        if (layout.masters()) {
-            weights.copyInPlace(w);
+        if (layout.splits()) {
+            SplitMasters.split(w, weights, remainders(at));
         }
         if (rounds) {
             new RandomRounding(seed, steps).round(mean, square, first, second, group.offset() + from);
         }
+    }
+
+    /** On the CPU: the remainders from an element on. */
+    private MemorySegment remainders(long at) {
+        return present().memory().asSlice(layout.remainder(at));
     }
 
     /** This rank's slice of a group in runs of elements that decay alike. */

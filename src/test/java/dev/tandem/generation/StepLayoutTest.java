@@ -78,7 +78,8 @@ class StepLayoutTest {
     /** Returns how many tokens were left to the device. */
     private int check(MemorySegment memory, StepPlan plan, @org.jspecify.annotations.Nullable StepPlan before) {
         boolean decodes = layout.decodesOnly();
-        assertEquals(Arrays.stream(plan.granted, 0, plan.rowCount).allMatch(n -> n == 1), decodes);
+        assertEquals(plan.readsNew, layout.readsNew());
+        assertEquals(!plan.readsNew && Arrays.stream(plan.granted, 0, plan.rowCount).allMatch(n -> n == 1), decodes);
         assertEquals(plan.totalTokens, number(memory, Field.COUNTS, StepLayout.TOKENS));
         assertEquals(plan.sampleCount, number(memory, Field.COUNTS, StepLayout.PAIRS));
         int decodeRows = number(memory, Field.COUNTS, StepLayout.DECODE_ROWS);

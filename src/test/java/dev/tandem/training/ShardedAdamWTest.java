@@ -11,6 +11,7 @@ import dev.tandem.device.Tensor;
 import dev.tandem.parallel.Ranks;
 import dev.tandem.testing.NativeObjects;
 import dev.tandem.testing.TinyModels;
+import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
 import java.time.Duration;
 import java.util.ArrayList;
@@ -82,8 +83,8 @@ class ShardedAdamWTest {
             }
             System.arraycopy(new float[] {0, -0.0f, 1, -2, Float.POSITIVE_INFINITY, Float.NaN}, 0, numbers, 0, 6);
             Tensor weights = Tensor.of(Device.cpu(), numbers).to(DType.BFLOAT16);
-            Tensor masters = Tensor.empty(Device.cpu(), DType.FLOAT32, n);
-            RandomRounding.draw(9, weights, masters, 1000);
+            Tensor masters = drawn(weights, 1000);
+            // None lies half-way between two weights.
             assertArrayEquals(weights.memory().toArray(ValueLayout.JAVA_SHORT),
                     masters.to(DType.BFLOAT16).memory().toArray(ValueLayout.JAVA_SHORT));
             int[] from = weights.to(DType.FLOAT32).memory().toArray(ValueLayout.JAVA_INT);
@@ -96,9 +97,46 @@ class ShardedAdamWTest {
             System.out.printf("masters: mean %.5f of the last place, mean square %.5f (1/12 expected)%n", mean, square);
             assertEquals(0, mean, 5 * Math.sqrt(1.0 / 12 / n));
             assertEquals(1.0 / 12, square, 5 * Math.sqrt(1.0 / 180 / n));
-            Tensor later = Tensor.empty(Device.cpu(), DType.FLOAT32, n - 100);
-            RandomRounding.draw(9, weights.narrow(0, 100, n - 100), later, 1100);
+            Tensor later = drawn(weights.narrow(0, 100, n - 100), 1100);
             assertArrayEquals(Arrays.copyOfRange(drawn, 100, n), later.memory().toArray(ValueLayout.JAVA_INT));
+        }
+    }
+
+    private static Tensor drawn(Tensor weights, long element) {
+        Tensor masters = Tensor.empty(Device.cpu(), DType.FLOAT32, weights.elements());
+        MemorySegment remainders = MemorySegment.ofArray(new short[(int) weights.elements()]);
+        RandomRounding.draw(9, weights, remainders, element);
+        SplitMasters.join(weights, remainders, masters);
+        return masters;
+    }
+
+    @Test
+    void splitMastersLoseNothing() {
+        int[] special = {0, 0x80000000, 0x3f808000, 0x3f818000, 0xbf808000, 0x3f80ffff, 0x3f807fff, 0x7f7fffff, 0xff7fffff, 0x7f800000,
+                0xff800000, 0x7fc00000, 0x7fffffff, 0x7f800001, 0x00008000, 0x80018000};
+        int n = 300_000;
+        int[] bits = IntStream.concat(Arrays.stream(special), new Random(6).ints(n - special.length)).toArray();
+        MemorySegment remainders = MemorySegment.ofArray(new short[n]);
+        try (Scope scope = Scope.open()) {
+            Tensor masters = Tensor.empty(Device.cpu(), DType.FLOAT32, n);
+            masters.memory().copyFrom(MemorySegment.ofArray(bits));
+            Tensor weights = Tensor.empty(Device.cpu(), DType.BFLOAT16, n);
+            SplitMasters.split(masters, weights, remainders);
+            short[] rounded = weights.memory().toArray(ValueLayout.JAVA_SHORT);
+            short[] toEven = masters.to(DType.BFLOAT16).memory().toArray(ValueLayout.JAVA_SHORT);
+            Tensor joined = Tensor.empty(Device.cpu(), DType.FLOAT32, n);
+            SplitMasters.join(weights, remainders, joined);
+            int[] found = joined.memory().toArray(ValueLayout.JAVA_INT);
+            for (int i = 0; i < n; i++) {
+                String what = Integer.toHexString(bits[i]);
+                if (Float.isNaN(Float.intBitsToFloat(bits[i]))) {
+                    assertTrue(Float.isNaN(Float.intBitsToFloat(rounded[i] << 16)) && Float.isNaN(Float.intBitsToFloat(found[i])), what);
+                    continue;
+                }
+                boolean half = (bits[i] & 0xffff) == 0x8000;
+                assertEquals(half ? (short) ((bits[i] >>> 16) + 1) : toEven[i], rounded[i], what);
+                assertEquals((rounded[i] & 0x7fff) == 0 ? rounded[i] << 16 : bits[i], found[i], what);
+            }
         }
     }
 

@@ -21,8 +21,8 @@ import java.util.Random;
  *
  * <pre>
  * GpuTraining [bf16-moments] SHAPE…
- *     sequences of 4,096 tokens, and as many tokens in sequences of 200 to 1,500: tokens/s, model FLOPs utilisation, memory, milliseconds in
- *     which the optimizer updates the weights
+ *     sequences of 4,096 tokens, and as many tokens in sequences of 1,024 and of 200 to 1,500: tokens/s, model FLOPs utilisation, memory,
+ *     milliseconds in which the optimizer updates the weights
  * </pre>
  *
  * <p>FLOPs are counted as {@code hf_train.py} of the peers counts them: 6 for each parameter and token, and attention without its mask.
@@ -49,9 +49,11 @@ final class GpuTraining {
             ModelConfig config = Shapes.config(shape).withMaxPositions(LENGTH);
             try (HybridEngine engine = HybridEngine.create(config, null, options)) {
                 Random random = new Random(0);
-                int[] whole = new int[SEQUENCES];
-                Arrays.fill(whole, LENGTH);
-                report(engine, shape + ", " + SEQUENCES + " sequences of 4,096", batch(random, whole));
+                for (int length : new int[] {LENGTH, LENGTH / 4}) {
+                    int[] whole = new int[SEQUENCES * LENGTH / length];
+                    Arrays.fill(whole, length);
+                    report(engine, "%s, %d sequences of %,d".formatted(shape, whole.length, length), batch(random, whole));
+                }
                 List<Integer> ragged = new ArrayList<>();
                 for (int left = SEQUENCES * LENGTH; left > 200; left -= ragged.getLast()) {
                     ragged.add(Math.min(left, random.nextInt(200, 1501)));
