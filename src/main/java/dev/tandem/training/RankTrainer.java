@@ -25,7 +25,9 @@ public final class RankTrainer implements AutoCloseable {
     private final long seed;
     private final int hostGroups;
     private final boolean parks;
-    private final TrainingModel model;
+    private final Decoder decoder;
+    /** Its kernels may have to be compiled, so it is made when training begins: who only generates does not wait for it. */
+    private @Nullable TrainingModel model;
     private final GradientShard gradients;
     private final BatchPacker packer;
     private @Nullable ShardedAdamW optimizer;
@@ -49,20 +51,29 @@ public final class RankTrainer implements AutoCloseable {
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        model = model(arena, decoder);
+        this.decoder = decoder;
         gradients = new GradientShard(arena.layout(), collectives, memory);
         packer = new BatchPacker(memory.device());
     }
 
-    private TrainingModel model(WeightArena weights, Decoder decoder) {
-        if (ManualModel.obstacle(weights.layout().config(), weights.dtype(), memory.device()) == null) {
+    private TrainingModel model() {
+        TrainingModel current = model;
+        if (current == null) {
+            current = make();
+            model = current;
+        }
+        return current;
+    }
+
+    private TrainingModel make() {
+        if (ManualModel.obstacle(arena.layout().config(), arena.dtype(), memory.device()) == null) {
             try {
-                return new ManualModel(weights, decoder, memory, options);
+                return new ManualModel(arena, decoder, memory, options);
             } catch (TandemException e) {
                 LOG.log(System.Logger.Level.WARNING, "training by automatic differentiation, which is slower: {0}", e.getMessage());
             }
         }
-        return new LayerwiseModel(weights, decoder, memory, options);
+        return new LayerwiseModel(arena, decoder, memory, options);
     }
 
     /**
@@ -75,7 +86,7 @@ public final class RankTrainer implements AutoCloseable {
             PackedBatch batch = packer.pack(List.of(sequences)).getFirst();
             Tensor found;
             try (Span span = recorded("log-probs")) {
-                found = model.forward(batch, other == null ? arena : other, temperature).logprob();
+                found = model().forward(batch, other == null ? arena : other, temperature).logprob();
             }
             float[] flat = found.toFloats();
             float[][] result = new float[sequences.size()][];
@@ -109,7 +120,7 @@ public final class RankTrainer implements AutoCloseable {
             Tensor total = Tensor.zeros(memory.device(), DType.FLOAT64, 1);
             for (int i = 0; i < rounds; i++) {
                 try (Scope scope = Scope.open(); Span span = recorded("forward and backward")) {
-                    model.forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
+                    model().forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
                 }
             }
             try (Span span = recorded("optimizer")) {
@@ -118,6 +129,12 @@ public final class RankTrainer implements AutoCloseable {
         } catch (RuntimeException e) {
             throw memory.explained("training", e);
         } finally {
+            releaseBuckets();
+        }
+    }
+
+    private void releaseBuckets() {
+        if (model != null) {
             model.releaseBuckets();
         }
     }
@@ -159,7 +176,7 @@ public final class RankTrainer implements AutoCloseable {
     /** Gives back what only a training phase needs; moments and masters stay, or are parked. */
     public void rest() {
         gradients.release();
-        model.releaseBuckets();
+        releaseBuckets();
         if (parks && optimizer != null) {
             optimizer.park();
         }
@@ -167,7 +184,9 @@ public final class RankTrainer implements AutoCloseable {
 
     @Override
     public void close() {
-        model.close();
+        if (model != null) {
+            model.close();
+        }
         packer.close();
         gradients.close();
         if (optimizer != null) {
