@@ -22,6 +22,7 @@ public final class RankTrainer implements AutoCloseable {
     private final Collectives collectives;
     private final DeviceMemory memory;
     private final TrainerOptions options;
+    private final ActivationMemory activations;
     private final long seed;
     private final int hostGroups;
     private final boolean parks;
@@ -38,12 +39,13 @@ public final class RankTrainer implements AutoCloseable {
      * @param decoder of the model
      * @param collectives of this rank
      * @param memory the device's ledger
+     * @param room for activations, where the options leave it to the memory plan
      * @param seed by which masters are drawn and BFLOAT16 moments rounded
      * @param hostGroups of how many groups a GPU's optimizer state stays in host memory
      * @param parks whether the rest of it waits in host memory while {@link #rest resting}
      */
     public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options,
-            long seed, int hostGroups, boolean parks) {
+            long room, long seed, int hostGroups, boolean parks) {
         this.seed = seed;
         this.hostGroups = hostGroups;
         this.parks = parks;
@@ -52,6 +54,7 @@ public final class RankTrainer implements AutoCloseable {
         this.memory = memory;
         this.options = options;
         this.decoder = decoder;
+        activations = new ActivationMemory(arena.layout().config(), arena.dtype(), memory.device(), options, room);
         gradients = new GradientShard(arena.layout(), collectives, memory);
         packer = new BatchPacker(memory.device());
     }
@@ -68,12 +71,17 @@ public final class RankTrainer implements AutoCloseable {
     private TrainingModel make() {
         if (ManualModel.obstacle(arena.layout().config(), arena.dtype(), memory.device()) == null) {
             try {
-                return new ManualModel(arena, decoder, memory, options);
+                return new ManualModel(arena, decoder, memory, activations);
             } catch (TandemException e) {
                 LOG.log(System.Logger.Level.WARNING, "training by automatic differentiation, which is slower: {0}", e.getMessage());
             }
         }
-        return new LayerwiseModel(arena, decoder, memory, options);
+        return new LayerwiseModel(arena, decoder, memory, activations);
+    }
+
+    /** {@return of how many tokens this rank's micro-batches should be when the longest sequence is of that many} */
+    int microBatchTokens(int longest) {
+        return activations.microBatchTokens(longest);
     }
 
     /**
