@@ -23,10 +23,9 @@ import java.util.Map;
  * @param hostOptimizer bytes of that
  * @param parked bytes of the device's optimizer state that wait in page-locked host memory during the generation phase
  * @param hostLimit most bytes that the rank may hold in host memory beside a GPU's
- * @param activationBudget bytes of activations that training keeps rather than computes again
  */
 public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, int hostGroups,
-        long hostOptimizer, long parked, long hostLimit, long activationBudget) {
+        long hostOptimizer, long parked, long hostLimit) {
     /** A rank that is told nothing takes this share of the available memory; other programs live in the machine's too. */
     private static final double CPU_SHARE = 0.8;
 
@@ -93,8 +92,7 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
                 : Math.min(shared ? Math.min(DEFAULT_KV_BYTES, useful) : useful, parks ? room : beside);
         int blocks = (int) Math.clamp(kv / blockBytes, 0, Integer.MAX_VALUE - 8);
         generation.put(Use.KV, Math.max(blocks, 2) * blockBytes);
-        MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks, needs.hostGroups(), needs.hostOptimizer(), parked, hostLimit,
-                needs.activationBudget());
+        MemoryPlan plan = new MemoryPlan(limit, generation, training, blocks, needs.hostGroups(), needs.hostOptimizer(), parked, hostLimit);
         if (blocks < 2 || total(generation) > limit) {
             throw new TandemException("generation does not fit into %.1f MiB a rank:%n%s".formatted(limit / 0x1p20, plan));
         }

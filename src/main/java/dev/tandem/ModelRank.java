@@ -44,9 +44,8 @@ public final class ModelRank implements AutoCloseable {
             made.push(decoder::close);
             generator = new Generator(arena, decoder, memory, options.generation(), plan.kvBlocks(), text, eosTokenIds, options.seed());
             made.push(generator::close);
-            trainer = new RankTrainer(arena, decoder, rank.collectives(), memory,
-                    options.training().memory(plan.activationBudget(), options.training().logitBytes()), options.seed(),
-                    plan.hostGroups(), plan.parked() > 0);
+            trainer = new RankTrainer(arena, decoder, rank.collectives(), memory, options.training(),
+                    plan.training().getOrDefault(Use.ACTIVATIONS, 0L), options.seed(), plan.hostGroups(), plan.parked() > 0);
         } catch (RuntimeException | Error e) {
             made.forEach(Runnable::run);
             throw e;

@@ -14,6 +14,10 @@ import dev.tandem.model.WeightLayout;
 import dev.tandem.testing.TinyModels;
 import dev.tandem.training.TrainerOptions;
 import java.util.List;
+import java.util.NavigableMap;
+import java.util.TreeMap;
+import java.util.TreeSet;
+import java.util.stream.Collectors;
 import org.junit.jupiter.api.Test;
 
 class MemoryPlanTest {
@@ -30,19 +34,16 @@ class MemoryPlanTest {
     void activationsTakeWhatIsLeft() {
         MemoryPlan least = plan(1L << 40, 0);
         MemoryPlan most = plan(1L << 40, TrainerOptions.ALL_THAT_FITS);
-        long layer = most.activationBudget() / CONFIG.layers();
-        assertEquals(0, most.activationBudget() % CONFIG.layers());
-        assertTrue(most.training().get(Use.ACTIVATIONS) > least.training().get(Use.ACTIVATIONS));
-        long before = -1;
-        for (long limit = least.trainingBytes(); limit < most.trainingBytes() + layer; limit += layer / 3) {
-            MemoryPlan plan = plan(limit, TrainerOptions.ALL_THAT_FITS);
-            assertTrue(plan.trainingBytes() <= limit, plan.toString());
-            assertTrue(plan.activationBudget() >= before);
-            assertTrue(plan.activationBudget() == most.activationBudget()
-                    || plan(1L << 40, plan.activationBudget() + layer).trainingBytes() > limit, "another layer would fit: " + plan);
-            before = plan.activationBudget();
+        NavigableMap<Long, MemoryPlan> plans = new TreeMap<>();
+        long step = (most.trainingBytes() - least.trainingBytes()) / (8 * CONFIG.layers());
+        for (long limit = least.trainingBytes(); limit < most.trainingBytes() + step; limit += step) {
+            plans.put(limit, plan(limit, TrainerOptions.ALL_THAT_FITS));
         }
-        assertEquals(most.activationBudget(), before);
+        // As many sizes as numbers of layers that are kept.
+        TreeSet<Long> sizes = plans.values().stream().map(MemoryPlan::trainingBytes).collect(Collectors.toCollection(TreeSet::new));
+        assertEquals(CONFIG.layers() + 1, sizes.size());
+        assertEquals(List.of(least.trainingBytes(), most.trainingBytes()), List.of(sizes.first(), sizes.last()));
+        plans.forEach((limit, plan) -> assertEquals(sizes.floor(limit), plan.trainingBytes(), plan.toString()));
     }
 
     /** For each weight FLOAT32 moments and, where it is rounded, half a FLOAT32 master; BFLOAT16 moments take half of theirs. */

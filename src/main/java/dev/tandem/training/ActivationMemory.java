@@ -14,23 +14,58 @@ import dev.tandem.model.Positions;
  * operations, it is an upper bound.
  *
  * @param dtype of the weights and of the activations
+ * @param room the most bytes in all, where {@link TrainerOptions#activationBudget} leaves it to the memory plan
  */
-record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerOptions options) {
+record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerOptions options, long room) {
     /** What libtorch holds for cuBLAS. */
     private static final long CUBLAS_WORKSPACE = 32L << 20;
 
-    /** {@return how many layers' graphs fit into the activation budget} */
-    int recordedLayers(long tokens) {
-        return (int) Math.min(config.layers(), options.activationBudget() / (tokens * layerBytes()));
-    }
+    /** Of a layer's forward pass: a layer that runs again leaves out its last product. */
+    private static final double RUN_AGAIN = 0.75;
 
-    /** {@return the largest activation budget with which a micro-batch of that many tokens stays within {@code room} bytes} */
-    long budgetWithin(long room, long tokens) {
+    /**
+     * Of how many tokens the forward pass takes as long as adding a micro-batch's gradients to their sums: 8 bytes of each weight at 4 TB/s
+     * are worth 2 operations for each weight and token at 600 TFLOP/s. Other GPUs' proportions are alike.
+     */
+    private static final double GRADIENT_TOKENS = 600;
+
+    /** {@return of how many layers a micro-batch of that many tokens keeps what its backward pass needs; the others run again} */
+    int recordedLayers(long tokens) {
         int layers = config.layers();
+        if (!flexible()) {
+            return (int) Math.min(layers, options.activationBudget() / (tokens * layerBytes()));
+        }
         while (layers > 0 && bytes(tokens, layers) > room) {
             layers--;
         }
-        return layers * tokens * layerBytes();
+        return layers;
+    }
+
+    private boolean flexible() {
+        return options.activationBudget() == TrainerOptions.ALL_THAT_FITS;
+    }
+
+    /**
+     * {@return of how many tokens micro-batches should be} Those of fewer than the options allow leave room to keep more layers, each of
+     * which saves most of its forward pass; but each micro-batch adds its gradients to their sums.
+     *
+     * @param longest tokens of the longest sequence
+     */
+    int microBatchTokens(int longest) {
+        int best = options.microBatchTokens();
+        if (device.isCpu() || !flexible()) {
+            return best;
+        }
+        for (int tokens = best / 2; tokens >= longest; tokens /= 2) {
+            best = cost(tokens) < cost(best) ? tokens : best;
+        }
+        return best;
+    }
+
+    /** What a token costs beside its forward and backward pass, in forward passes. */
+    private double cost(int tokens) {
+        double again = 1 - (double) recordedLayers(tokens) / config.layers();
+        return RUN_AGAIN * again + GRADIENT_TOKENS / tokens;
     }
 
     /** {@return the most bytes at a time: inputs of all layers, what some or at least one keep, one chunk of logits} */

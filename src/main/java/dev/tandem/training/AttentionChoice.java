@@ -19,7 +19,8 @@ import org.jspecify.annotations.Nullable;
 
 /**
  * Chooses between cuDNN's attention and FlashAttention-2: the one that takes less time for the forward and backward pass of a typical
- * micro-batch. They are timed once in a process for each device and kind of heads. Where cuDNN cannot be used, FlashAttention-2 serves.
+ * micro-batch. They are timed when the first micro-batch needs one, once in a process for each device and kind of heads; who only generates
+ * does not wait for it. Where cuDNN cannot be used, FlashAttention-2 serves.
  *
  * <p>Confined to the rank's thread. The owner closes it.
  */
@@ -38,13 +39,18 @@ final class AttentionChoice implements AutoCloseable {
     private final Device device;
     private final Key key;
     private final double scale;
+    private boolean chosen;
+    /** Null where it was not chosen. */
     private @Nullable CudnnAttention cudnn;
 
-    /** Times both, unless that has been done. */
     AttentionChoice(ModelConfig config, Device device) {
         this.device = device;
         key = new Key(device, config.heads(), config.kvHeads(), config.headDim());
         scale = 1 / Math.sqrt(config.headDim());
+    }
+
+    private void choose() {
+        chosen = true;
         if (!CUDNN_IS_FASTER.getOrDefault(key, true)) {
             return;
         }
@@ -119,6 +125,9 @@ final class AttentionChoice implements AutoCloseable {
      * @param lengths tokens of each sequence
      */
     TrainingAttention over(Tensor starts, long... lengths) {
+        if (!chosen) {
+            choose();
+        }
         if (cudnn != null && CudnnAttention.obstacle(Arrays.stream(lengths).sum(), key.heads, key.headDim) == null) {
             try {
                 return new CudnnTrainingAttention(cudnn, cudnn.sequences(starts, lengths));

@@ -42,13 +42,13 @@ final class LayerwiseModel implements TrainingModel {
     private @Nullable Tensor embeddingBucket;
     private long bucketBytes;
 
-    LayerwiseModel(WeightArena arena, Decoder decoder, DeviceMemory memory, TrainerOptions options) {
+    LayerwiseModel(WeightArena arena, Decoder decoder, DeviceMemory memory, ActivationMemory activationMemory) {
         this.arena = arena;
         this.decoder = decoder;
         this.memory = memory;
-        this.options = options;
+        this.activationMemory = activationMemory;
+        options = activationMemory.options();
         device = memory.device();
-        activationMemory = new ActivationMemory(arena.layout().config(), arena.dtype(), device, options);
     }
 
     @Override

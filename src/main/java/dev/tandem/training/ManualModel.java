@@ -60,14 +60,14 @@ final class ManualModel implements TrainingModel {
         return layout.shards() == 1 ? 0 : Float.BYTES * open;
     }
 
-    ManualModel(WeightArena arena, Decoder decoder, DeviceMemory memory, TrainerOptions options) {
+    ManualModel(WeightArena arena, Decoder decoder, DeviceMemory memory, ActivationMemory activationMemory) {
         this.arena = arena;
         this.decoder = decoder;
         this.memory = memory;
-        this.options = options;
+        this.activationMemory = activationMemory;
+        options = activationMemory.options();
         config = arena.layout().config();
         device = memory.device();
-        activationMemory = new ActivationMemory(config, arena.dtype(), device, options);
         kernels = device.isCpu() ? null : new TrainingKernels(config, device);
     }
 

@@ -15,9 +15,8 @@ import dev.tandem.model.WeightLayout;
  * @param hostOptimizer bytes of that
  * @param gradients the rank's slice, and the buckets that are being reduced
  * @param activations of one micro-batch; or, if these are more, the buffers through which the host's optimizer state passes
- * @param activationBudget bytes of activations that are kept rather than computed again
  */
-public record MemoryNeeds(long optimizer, int hostGroups, long hostOptimizer, long gradients, long activations, long activationBudget) {
+public record MemoryNeeds(long optimizer, int hostGroups, long hostOptimizer, long gradients, long activations) {
     /**
      * {@return the needs of a rank}
      *
@@ -30,9 +29,8 @@ public record MemoryNeeds(long optimizer, int hostGroups, long hostOptimizer, lo
                 : LayerwiseModel.bucketBytes(layout, dtype);
         int tokens = options.microBatchTokens();
         long gradients = slice * Float.BYTES + buckets;
-        ActivationMemory memory = new ActivationMemory(layout.config(), dtype, device, options);
-        boolean flexible = options.activationBudget() == TrainerOptions.ALL_THAT_FITS;
-        long least = memory.bytes(tokens, flexible ? 0 : memory.recordedLayers(tokens));
+        ActivationMemory frugal = new ActivationMemory(layout.config(), dtype, device, options, 0);
+        long least = frugal.bytes(tokens, frugal.recordedLayers(tokens));
         int hostGroups = 0;
         OptimizerLayout onHost = OptimizerLayout.of(0, dtype, options);
         OptimizerLayout onDevice = OptimizerLayout.of(slice, dtype, options);
@@ -43,10 +41,9 @@ public record MemoryNeeds(long optimizer, int hostGroups, long hostOptimizer, lo
             onHost = OptimizerLayout.of(elements, dtype, options);
             onDevice = OptimizerLayout.of(slice - elements, dtype, options);
         }
-        long budget = flexible ? memory.budgetWithin(room - onDevice.bytes() - gradients, tokens) : options.activationBudget();
-        int recorded = new ActivationMemory(layout.config(), dtype, device, options.memory(budget, options.logitBytes()))
-                .recordedLayers(tokens);
-        long activations = Math.max(memory.bytes(tokens, recorded), HostState.bufferBytes(onHost));
-        return new MemoryNeeds(onDevice.bytes(), hostGroups, onHost.bytes(), gradients, activations, budget);
+        ActivationMemory memory =
+                new ActivationMemory(layout.config(), dtype, device, options, room - onDevice.bytes() - gradients);
+        long activations = Math.max(memory.bytes(tokens, memory.recordedLayers(tokens)), HostState.bufferBytes(onHost));
+        return new MemoryNeeds(onDevice.bytes(), hostGroups, onHost.bytes(), gradients, activations);
     }
 }

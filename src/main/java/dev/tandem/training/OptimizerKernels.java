@@ -40,7 +40,6 @@ final class OptimizerKernels implements AutoCloseable {
     private final Kernel adamw;
     private final Kernel adamwAfterCopy;
     private final @Nullable Kernel drawRemainders;
-    private final int residentBlocks;
     private final Tensor partial;
     /** The kernel's StepState. */
     private final Tensor stepState;
@@ -60,7 +59,6 @@ final class OptimizerKernels implements AutoCloseable {
         adamwAfterCopy = adamw.afterPredecessor();
         drawRemainders = SplitMasters.needed(weights) ? module.kernel("drawRemainders") : null;
         int multiprocessors = Cuda.multiprocessors(device);
-        residentBlocks = multiprocessors * adamw.residentBlocks(THREADS, 0);
         try (Scope scope = Scope.open()) {
             partial = Tensor.zeros(device, DType.FLOAT64, (long) multiprocessors * PARTS_PER_MULTIPROCESSOR).keep();
             stepState = Tensor.zeros(device, DType.INT32, STATE_BYTES / 4).keep();
@@ -76,7 +74,7 @@ final class OptimizerKernels implements AutoCloseable {
      * @param element the number of the first weight in the model
      */
     void drawRemainders(Tensor weights, long remainders, long element) {
-        int blocks = (int) Math.clamp(Math.ceilDiv(weights.elements(), ELEMENTS), 1, residentBlocks);
+        int blocks = (int) Math.clamp(Math.ceilDiv(weights.elements(), ELEMENTS), 1, Integer.MAX_VALUE);
         Objects.requireNonNull(drawRemainders).launch(device, Grid.of(blocks, THREADS), weights.address(), remainders, weights.elements(), seed,
                 element);
     }
@@ -108,7 +106,7 @@ final class OptimizerKernels implements AutoCloseable {
      */
     void update(long gradient, long state, OptimizerLayout layout, long at, boolean copied, long weights, long count, long element,
             double lr, boolean decays) {
-        int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, residentBlocks);
+        int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, Integer.MAX_VALUE);
         double decay = options.decays(decays) ? options.weightDecay() : 0;
         (copied ? adamwAfterCopy : adamw).launch(device, Grid.of(blocks, THREADS), gradient, state + layout.first(at),
                 state + layout.second(at), layout.splits() ? state + layout.remainder(at) : 0L, weights, count, lr, options.beta1(),

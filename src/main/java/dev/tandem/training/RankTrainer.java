@@ -22,10 +22,13 @@ public final class RankTrainer implements AutoCloseable {
     private final Collectives collectives;
     private final DeviceMemory memory;
     private final TrainerOptions options;
+    private final ActivationMemory activations;
     private final long seed;
     private final int hostGroups;
     private final boolean parks;
-    private final TrainingModel model;
+    private final Decoder decoder;
+    /** Its kernels may have to be compiled, so it is made when training begins: who only generates does not wait for it. */
+    private @Nullable TrainingModel model;
     private final GradientShard gradients;
     private final BatchPacker packer;
     private @Nullable ShardedAdamW optimizer;
@@ -36,12 +39,13 @@ public final class RankTrainer implements AutoCloseable {
      * @param decoder of the model
      * @param collectives of this rank
      * @param memory the device's ledger
+     * @param room for activations, where the options leave it to the memory plan
      * @param seed by which masters are drawn and BFLOAT16 moments rounded
      * @param hostGroups of how many groups a GPU's optimizer state stays in host memory
      * @param parks whether the rest of it waits in host memory while {@link #rest resting}
      */
     public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options,
-            long seed, int hostGroups, boolean parks) {
+            long room, long seed, int hostGroups, boolean parks) {
         this.seed = seed;
         this.hostGroups = hostGroups;
         this.parks = parks;
@@ -49,20 +53,35 @@ public final class RankTrainer implements AutoCloseable {
         this.collectives = collectives;
         this.memory = memory;
         this.options = options;
-        model = model(arena, decoder);
+        this.decoder = decoder;
+        activations = new ActivationMemory(arena.layout().config(), arena.dtype(), memory.device(), options, room);
         gradients = new GradientShard(arena.layout(), collectives, memory);
         packer = new BatchPacker(memory.device());
     }
 
-    private TrainingModel model(WeightArena weights, Decoder decoder) {
-        if (ManualModel.obstacle(weights.layout().config(), weights.dtype(), memory.device()) == null) {
+    private TrainingModel model() {
+        TrainingModel current = model;
+        if (current == null) {
+            current = make();
+            model = current;
+        }
+        return current;
+    }
+
+    private TrainingModel make() {
+        if (ManualModel.obstacle(arena.layout().config(), arena.dtype(), memory.device()) == null) {
             try {
-                return new ManualModel(weights, decoder, memory, options);
+                return new ManualModel(arena, decoder, memory, activations);
             } catch (TandemException e) {
                 LOG.log(System.Logger.Level.WARNING, "training by automatic differentiation, which is slower: {0}", e.getMessage());
             }
         }
-        return new LayerwiseModel(weights, decoder, memory, options);
+        return new LayerwiseModel(arena, decoder, memory, activations);
+    }
+
+    /** {@return of how many tokens this rank's micro-batches should be when the longest sequence is of that many} */
+    int microBatchTokens(int longest) {
+        return activations.microBatchTokens(longest);
     }
 
     /**
@@ -75,7 +94,7 @@ public final class RankTrainer implements AutoCloseable {
             PackedBatch batch = packer.pack(List.of(sequences)).getFirst();
             Tensor found;
             try (Span span = recorded("log-probs")) {
-                found = model.forward(batch, other == null ? arena : other, temperature).logprob();
+                found = model().forward(batch, other == null ? arena : other, temperature).logprob();
             }
             float[] flat = found.toFloats();
             float[][] result = new float[sequences.size()][];
@@ -109,7 +128,7 @@ public final class RankTrainer implements AutoCloseable {
             Tensor total = Tensor.zeros(memory.device(), DType.FLOAT64, 1);
             for (int i = 0; i < rounds; i++) {
                 try (Scope scope = Scope.open(); Span span = recorded("forward and backward")) {
-                    model.forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
+                    model().forwardBackward(i < batches.size() ? batches.get(i) : null, loss, temperature, gradients, total);
                 }
             }
             try (Span span = recorded("optimizer")) {
@@ -118,6 +137,12 @@ public final class RankTrainer implements AutoCloseable {
         } catch (RuntimeException e) {
             throw memory.explained("training", e);
         } finally {
+            releaseBuckets();
+        }
+    }
+
+    private void releaseBuckets() {
+        if (model != null) {
             model.releaseBuckets();
         }
     }
@@ -159,7 +184,7 @@ public final class RankTrainer implements AutoCloseable {
     /** Gives back what only a training phase needs; moments and masters stay, or are parked. */
     public void rest() {
         gradients.release();
-        model.releaseBuckets();
+        releaseBuckets();
         if (parks && optimizer != null) {
             optimizer.park();
         }
@@ -167,7 +192,9 @@ public final class RankTrainer implements AutoCloseable {
 
     @Override
     public void close() {
-        model.close();
+        if (model != null) {
+            model.close();
+        }
         packer.close();
         gradients.close();
         if (optimizer != null) {

@@ -64,7 +64,8 @@ public final class Trainer {
         long start = System.nanoTime();
         checkTemperature(temperature);
         List<TrainingSequence> used = checked(sequences);
-        List<List<List<Integer>>> shares = MicroBatches.cut(used, options.microBatchTokens(), ranks.count());
+        int longest = used.stream().mapToInt(TrainingSequence::inputTokens).max().orElseThrow();
+        List<List<List<Integer>>> shares = MicroBatches.cut(used, trainers.getFirst().microBatchTokens(longest), ranks.count());
         int rounds = shares.stream().mapToInt(List::size).max().orElse(0);
         double lr = options.lr().at(steps);
         if (begun.size() == MOST_BEGUN) {

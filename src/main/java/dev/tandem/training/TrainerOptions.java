@@ -14,7 +14,7 @@ import dev.tandem.device.DType;
  * @param moments type of AdamW's moments: FLOAT32, or BFLOAT16 for half the memory; these are rounded up or down at random, so that slow
  *     averages still move
  * @param clip largest global norm of the gradient; infinite for no clipping
- * @param microBatchTokens most tokens that one rank runs through the model at once
+ * @param microBatchTokens most tokens that one rank runs through the model at once; fewer where a GPU's memory then holds more activations
  * @param activationBudget bytes of activations that may be kept from the forward to the backward pass; what does not fit is computed
  *     again. {@link #ALL_THAT_FITS} leaves it to the memory plan
  * @param logitBytes most bytes of FLOAT32 logits at a time

@@ -109,9 +109,9 @@ class CudaTrainingTest {
             rounded.initialize(5, 0.05);
             single.copyFrom(rounded);
             onDevice.copyFrom(rounded);
-            Result exact = run(single, batch, (a, d, m) -> new ManualModel(a, d, m, options));
-            Result recorded = run(onDevice, batch, (a, d, m) -> new LayerwiseModel(a, d, m, options));
-            Result kernels = run(onDevice, batch, (a, d, m) -> new ManualModel(a, d, m, options));
+            Result exact = run(single, batch, (a, d, m) -> new ManualModel(a, d, m, RankModel.activations(a, options)));
+            Result recorded = run(onDevice, batch, (a, d, m) -> new LayerwiseModel(a, d, m, RankModel.activations(a, options)));
+            Result kernels = run(onDevice, batch, (a, d, m) -> new ManualModel(a, d, m, RankModel.activations(a, options)));
             double byKernels = farthest(kernels, exact);
             double byRecording = farthest(recorded, exact);
             double logprobs = kernels.logprob.sub(exact.logprob).abs().max().item();

@@ -59,8 +59,9 @@ class ManualModelTest {
                 arena.initialize(i, 0.3);
                 DeviceMemory memory = new DeviceMemory(CPU);
                 PackedBatch batch = RankModel.packed(batch(config, random), CPU);
-                try (TrainingModel byHand = new ManualModel(arena, decoder, memory, options);
-                        TrainingModel recorded = new LayerwiseModel(arena, decoder, memory, options);
+                ActivationMemory activations = RankModel.activations(arena, options);
+                try (TrainingModel byHand = new ManualModel(arena, decoder, memory, activations);
+                        TrainingModel recorded = new LayerwiseModel(arena, decoder, memory, activations);
                         GradientShard found = new GradientShard(arena.layout(), Collectives.alone(), memory);
                         GradientShard expected = new GradientShard(arena.layout(), Collectives.alone(), memory)) {
                     found.clear();
@@ -106,7 +107,8 @@ class ManualModelTest {
                 Decoder decoder = new Decoder(config, CPU, DType.FLOAT32)) {
             arena.initialize(1, 0.1);
             DeviceMemory memory = new DeviceMemory(CPU);
-            try (TrainingModel model = new ManualModel(arena, decoder, memory, TrainerOptions.defaults().memory(budget, 1 << 20));
+            TrainerOptions options = TrainerOptions.defaults().memory(budget, 1 << 20);
+            try (TrainingModel model = new ManualModel(arena, decoder, memory, RankModel.activations(arena, options));
                     GradientShard gradients = new GradientShard(arena.layout(), Collectives.alone(), memory)) {
                 long objects = 0;
                 for (int i = 0; i < 20; i++) {

@@ -52,7 +52,8 @@ final class RankModel implements AutoCloseable {
         fill.accept(arena);
         Decoder decoder = new Decoder(config, rank.device(), dtype);
         DeviceMemory memory = new DeviceMemory(rank.device());
-        return new Parts(arena, decoder, memory, new RankTrainer(arena, decoder, rank.collectives(), memory, options, 1, 0, false));
+        return new Parts(arena, decoder, memory, new RankTrainer(arena, decoder, rank.collectives(), memory, options, Long.MAX_VALUE, 1, 0,
+                false));
     }
 
     @Override
@@ -63,6 +64,11 @@ final class RankModel implements AutoCloseable {
             arenas.get(rank.index()).close();
             return true;
         });
+    }
+
+    /** {@return the count of activations that goes by options with a budget; one that leaves it to the plan has all it wants} */
+    static ActivationMemory activations(WeightArena arena, TrainerOptions options) {
+        return new ActivationMemory(arena.layout().config(), arena.dtype(), arena.embedding().flat().device(), options, Long.MAX_VALUE);
     }
 
     /** {@return one micro-batch, for the innermost scope} */

@@ -15,11 +15,12 @@ import java.util.Locale;
 import java.util.Random;
 
 /**
- * The longest sequence with which a model trains on a GPU by the memory plan, and what two steps with one of that length really take. A shape
+ * The longest sequence with which a model trains on a GPU by the memory plan, and what a step with one of that length really takes. A shape
  * that does not train is told with the plan's reason.
  *
  * <pre>
- * TrainingLimits [bf16-moments] SHAPE…
+ * TrainingLimits [bf16-moments] SHAPE[:TOKENS]…
+ *     with TOKENS: the step has one sequence of that length, for the time of attention grows with the square
  * </pre>
  */
 final class TrainingLimits {
@@ -34,22 +35,26 @@ final class TrainingLimits {
 
     public static void main(String[] args) {
         boolean rounds = args[0].equals("bf16-moments");
-        for (String shape : List.of(args).subList(rounds ? 1 : 0, args.length)) {
+        for (String argument : List.of(args).subList(rounds ? 1 : 0, args.length)) {
+            String[] parts = argument.split(":");
+            String shape = parts[0];
             int longest = longest(shape, rounds);
             if (longest < UNIT) {
                 System.out.printf("%s does not train:%n%s%n", shape, plan(shape, UNIT, rounds));
                 continue;
             }
-            try (HybridEngine engine = HybridEngine.create(config(shape, longest), null, options(longest, rounds))) {
+            int tokens = parts.length > 1 ? Math.min(longest, Integer.parseInt(parts[1])) : longest;
+            System.out.printf("%s: by the plan one sequence may have %,d tokens%n", shape, longest);
+            try (HybridEngine engine = HybridEngine.create(config(shape, tokens), null, options(tokens, rounds))) {
                 List<TrainingSequence> batch =
-                        List.of(TrainingSequence.of(new Random(0).ints(longest, 0, 150_000).toArray(), 1, 1f / longest));
+                        List.of(TrainingSequence.of(new Random(0).ints(tokens, 0, 150_000).toArray(), 1, 1f / tokens));
                 engine.train(batch);
                 Cuda.resetPeak(CUDA);
                 double seconds = engine.train(batch).seconds();
                 double predicted = engine.plan().trainingBytes() / 0x1p20;
                 double measured = Cuda.allocator(CUDA).peakAllocated() / 0x1p20;
                 System.out.printf(Locale.ROOT, "%s: one sequence of %,d tokens, %.1f s a step; predicted %.0f MiB, measured %.0f (%+.1f %%); "
-                        + "optimizer state of %d groups on the host, %.0f MiB%n", shape, longest, seconds, predicted, measured,
+                        + "optimizer state of %d groups on the host, %.0f MiB%n", shape, tokens, seconds, predicted, measured,
                         100 * (predicted / measured - 1), engine.plan().hostGroups(), engine.plan().hostOptimizer() / 0x1p20);
             }
         }
