@@ -260,6 +260,13 @@ def checkBackward(name, x, forward, reference, targets, g, e, inverse, autograd=
     inPlace = backward(forward, targets, g, e, inverse, inPlace=True)
     same(name + ': gradient in place', inPlace[:rows, :vocabulary], fromP[:rows, :vocabulary])
     forward.p.copy_(kept)
+    if e is None:  # the rows' factors apart
+        launch(kernel('subtractTargets'), (-(-rows // 256),), 256,
+               (forward.p, np.int64(forward.pStride), vocabulary, targets, forward.logprob, rows))
+        factored = -reference.inverse * g.double()[:, None] * forward.p[:rows, :vocabulary].double()
+        masked = (g == 0)[:, None].expand_as(factored)
+        within(name + ': gradient by factors', torch.where(masked, 0.0, factored), want, roundedTolerance)
+        forward.p.copy_(kept)
 
 
 def testShapes():
@@ -283,6 +290,19 @@ def testShapes():
             checkBackward(name, x, forward, reference, targets, g, e, inverse)
             checkBackward(name + ' no entropy', x, forward, reference, targets, g, None, inverse)
     report('shapes')
+
+
+def testScaledRows():
+    for rows, width in ((1, 8), (3, 896), (257, 1024), (1000, 4096), (3, 8200)):
+        x, by = torch.randn(rows, width, device=DEVICE).to(BF16), gradients(rows)[0]
+        x[by == 0] = math.nan
+        want = torch.where((by == 0)[:, None], 0.0, -0.7 * by.double()[:, None] * x.double())
+        out = poison(rows + 1, width, dtype=BF16)
+        for target in (out, x):
+            launch(kernel('scaleRows'), (-(-rows * width // 2048),), 256, (x, by, -0.7, target, width, rows))
+            within('scaled rows %d x %d: scaled rows' % (rows, width), target[:rows], want, want.abs() * 2.0 ** -8 + 1e-37)
+        untouched('scaled rows', out[rows:])
+    report('scaled rows')
 
 
 def testSpecial():
@@ -468,7 +488,7 @@ def benchmark():
         torch.cuda.empty_cache()
 
 
-for test in (testShapes, testSpecial, testBits, testMany):
+for test in (testShapes, testScaledRows, testSpecial, testBits, testMany):
     test()
 print('%d failures' % failures, flush=True)
 if GPU:

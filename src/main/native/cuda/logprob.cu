@@ -22,6 +22,10 @@
 // tokens) become zeros and are not read. A probability next to 1 is 1 in bfloat16, and 1 - p, the largest gradient of its row, would
 // be 0; so the target's gradient is computed from the log-prob: 1 - p = -expm1(logprob).
 //
+// Where no entropy is asked for, dL/dx = -g / T D with D = p - [j = t], whose rows differ from the probabilities in one element
+// (subtractTargets). The factor of a row can wait: it goes to the rows of what D is multiplied with, and of what comes out
+// (scaleRows). That leaves out the pass over the columns. But masked rows are read, and NaN in one of them, times 0, is NaN.
+//
 // Bits depend on the row, `vocabulary` and CTAS alone, neither on the grid nor on how much of a row is kept. -infinity is a logit like
 // others. NaN, +infinity, or nothing above -1e30 after scaling: the row's results are NaN. A target outside [0, vocabulary): its
 // log-prob is NaN, its gradient that of a row without a target.
@@ -38,6 +42,8 @@
 //                              6 bytes, 4 without probabilities
 //   logprobBackward            grid (ceil(vocabulary / 8192), R), R <= 65,535; 4 bytes
 //   logprobBackwardFromLogits  grid (ceil(vocabulary / 4096), R), R <= 65,535; 6 bytes
+//   subtractTargets            grid (ceil(R / 256))
+//   scaleRows                  grid (ceil(R width / 2048)), for rows of width elements, a multiple of 8; R width < 2^34
 
 #include "common.cuh"
 
@@ -346,4 +352,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 6)
     backward<true>(logits + row * stride, inverseTemperature * LOG2E, logSumExp[row] * LOG2E, gradient + row * pStride, vocabulary,
                    targets[row], logprob[row], inverseTemperature * byLogprob[row],
                    byEntropy ? inverseTemperature * byEntropy[row] : 0.0f, entropy[row]);
+}
+
+// probabilities to D, in place. Rows whose target is outside the vocabulary stay.
+extern "C" __global__ void __launch_bounds__(THREADS) subtractTargets(bf16* probabilities, long long pStride, int vocabulary,
+                                                                      const long long* targets, const float* logprob, int rows) {
+    followPredecessor();
+    const int row = blockIdx.x * THREADS + threadIdx.x;
+    const long long target = row < rows ? targets[row] : -1;
+    if (target >= 0 && target < vocabulary) {
+        probabilities[row * pStride + target] = toBf16(expm1f(logprob[row]));
+    }
+}
+
+// out = factor byRow[row] x, bfloat16 [R][width]; out may be x. Where the factors are 0, so is the result.
+extern "C" __global__ void __launch_bounds__(THREADS) scaleRows(const bf16* x, const float* byRow, float factor, bf16* out, int width,
+                                                                int rows) {
+    followPredecessor();
+    const u32 i = blockIdx.x * THREADS + threadIdx.x, row = i / (width / 8);
+    if (row >= rows) {
+        return;
+    }
+    const float scale = factor * byRow[row];
+    auto scaled = [&](u32 pair) { return scale == 0.0f ? 0 : packBf16(scale * lowFloat(pair), scale * highFloat(pair)); };
+    const uint4 v = reinterpret_cast<const uint4*>(x)[i];
+    reinterpret_cast<uint4*>(out)[i] = make_uint4(scaled(v.x), scaled(v.y), scaled(v.z), scaled(v.w));
 }

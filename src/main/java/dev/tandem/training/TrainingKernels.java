@@ -32,6 +32,8 @@ final class TrainingKernels implements AutoCloseable {
     final Kernel logprobForward;
     final Kernel logprobBackward;
     final Kernel logprobBackwardFromLogits;
+    final Kernel subtractTargets;
+    final Kernel scaleRows;
     final @Nullable RotaryTables rotary;
     final AttentionChoice attention;
     /** Blocks that share a row of logits. */
@@ -87,6 +89,8 @@ final class TrainingKernels implements AutoCloseable {
         logprobForward = modules.get(3).kernel("logprobForward").sharedMemory(16 * retained);
         logprobBackward = modules.get(3).kernel("logprobBackward");
         logprobBackwardFromLogits = modules.get(3).kernel("logprobBackwardFromLogits");
+        subtractTargets = modules.get(3).kernel("subtractTargets");
+        scaleRows = modules.get(3).kernel("scaleRows");
         rotary = RotaryTables.of(config, device);
         attention = new AttentionChoice(config, device);
     }
