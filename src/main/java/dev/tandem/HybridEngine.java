@@ -2,6 +2,7 @@ package dev.tandem;
 
 import dev.tandem.EngineEvents.PhaseChange;
 import dev.tandem.device.DeviceMemory;
+import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.device.ProcessMemory;
 import dev.tandem.device.Scope;
 import dev.tandem.device.TandemException;
@@ -504,7 +505,8 @@ public final class HybridEngine implements AutoCloseable {
         try {
             onEachModel(model -> {
                 long needed = kvBlocks * Generator.blockBytes(config, options.dtype(), options.generation());
-                long available = DeviceMemory.available(model.memory().device());
+                long parkable = plan.parked() > 0 ? model.memory().held(Use.OPTIMIZER) : 0;
+                long available = DeviceMemory.available(model.memory().device()) + parkable;
                 if (needed > available) {
                     throw new TandemException("waking needs " + needed + " bytes for KV pages, " + (needed - available)
                             + " more than " + model.memory().device() + " has available; held by this rank:\n" + model.memory().table());

@@ -21,7 +21,7 @@ import java.util.Map;
  * @param kvBlocks KV pages that the generation phase has room for
  * @param hostGroups of how many groups, from the arena's first, a GPU's optimizer state stays in page-locked host memory
  * @param hostOptimizer bytes of that
- * @param parked bytes of the device's optimizer state that wait in page-locked host memory during the generation phase
+ * @param parked bytes of the device's optimizer state that make way to page-locked host memory when the KV cache grows so large
  * @param hostLimit most bytes that the rank may hold in host memory beside a GPU's
  */
 public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> training, int kvBlocks, int hostGroups,
@@ -128,6 +128,11 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         return Math.min(useful, tokens / options.generation().blockSize() * blockBytes);
     }
 
+    /** {@return bytes of KV pages for which there is room while all of the optimizer's state is on the device} */
+    long kvBytesBesideOptimizer() {
+        return limit - parked - (generationBytes() - generation.getOrDefault(Use.KV, 0L));
+    }
+
     private static long total(Map<Use, Long> phase) {
         return phase.values().stream().mapToLong(Long::longValue).sum();
     }
@@ -158,7 +163,7 @@ public record MemoryPlan(long limit, Map<Use, Long> generation, Map<Use, Long> t
         if (hostOptimizer + parked > 0) {
             text.append("%n%-12s %12.1f %12.1f   limit %.1f: optimizer state of %s groups while training%s".formatted("on the host",
                     (hostOptimizer + parked) / 0x1p20, hostOptimizer / 0x1p20, hostLimit / 0x1p20, hostGroups == 0 ? "no" : hostGroups,
-                    parked > 0 ? ", of all while generating" : ""));
+                    parked > 0 ? ", of all when the KV cache needs its room" : ""));
         }
         return text.toString();
     }

@@ -1,6 +1,7 @@
 package dev.tandem;
 
 import dev.tandem.device.DType;
+import dev.tandem.device.Cuda;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.generation.Generator;
@@ -45,7 +46,13 @@ public final class ModelRank implements AutoCloseable {
             generator = new Generator(arena, decoder, memory, options.generation(), plan.kvBlocks(), text, eosTokenIds, options.seed());
             made.push(generator::close);
             trainer = new RankTrainer(arena, decoder, rank.collectives(), memory, options.training(),
-                    plan.training().getOrDefault(Use.ACTIVATIONS, 0L), options.seed(), plan.hostGroups(), plan.parked() > 0);
+                    plan.training().getOrDefault(Use.ACTIVATIONS, 0L), options.seed(), plan.hostGroups());
+            if (plan.parked() > 0) {
+                generator.askForRoom(plan.kvBytesBesideOptimizer(), () -> {
+                    trainer.park();
+                    Cuda.releaseCached(rank.device());
+                });
+            }
         } catch (RuntimeException | Error e) {
             made.forEach(Runnable::run);
             throw e;

@@ -123,6 +123,8 @@ class MemoryPlanTest {
         assertEquals(15, parked.hostGroups());
         assertEquals(parked.training().get(Use.OPTIMIZER), parked.parked());
         assertEquals(0, parked.generation().get(Use.OPTIMIZER));
-        assertTrue(parked.toString().contains("of 15 groups while training, of all while generating"), parked.toString());
+        assertEquals(parked.limit(), parked.generationBytes() - parked.generation().get(Use.KV) + parked.parked()
+                + parked.kvBytesBesideOptimizer());
+        assertTrue(parked.toString().contains("of 15 groups while training, of all when the KV cache needs its room"), parked.toString());
     }
 }

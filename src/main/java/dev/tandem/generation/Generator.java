@@ -205,6 +205,16 @@ public final class Generator implements AutoCloseable {
         cache.expect(blocks);
     }
 
+    /**
+     * Has memory made free before KV pages need it.
+     *
+     * @param free bytes of KV pages that there is memory for as things are
+     * @param makeRoom called on the rank's thread, once between a {@link #wake} and the next {@link #sleep}, before more are backed
+     */
+    public void askForRoom(long free, Runnable makeRoom) {
+        cache.askForRoom(free, makeRoom);
+    }
+
     /** Gives the KV memory back. Unfinished samples keep their tokens and are computed again after the next {@link #wake}. */
     public void sleep() {
         abandon();

@@ -16,7 +16,8 @@ import java.util.List;
  *
  * <p>All pages lie in one range of addresses that is reserved for the largest cache and backed by memory in part: page i of all
  * layers is one contiguous piece, so the cache grows by mapping its end and moves nothing. {@link #wake} backs as many pages as were
- * of use before, {@link #require} more when a step needs them, and {@link #sleep} gives all memory back. The tensors here stay valid
+ * of use before, {@link #require} more when a step needs them, and {@link #sleep} gives all memory back. Whoever holds memory that can
+ * wait elsewhere is asked to make room when, and only when, so many pages are needed ({@link #askForRoom}). The tensors here stay valid
  * as views, but only backed pages may be read: {@link #requireAwake} is asked before each step. Block 0 is nobody's, and pads tables.
  *
  * <p>Confined to its rank's thread. The owner closes it.
@@ -35,6 +36,9 @@ final class KvCache implements AutoCloseable {
     private int room;
     /** How many pages the next wake backs. */
     private int first = 1;
+    /** Bytes that may be backed before {@link #makeRoom} is called. */
+    private long free = Long.MAX_VALUE;
+    private Runnable makeRoom = () -> {};
 
     private int blocks;
     /** Most pages that a step required since the cache woke, 0 before the first step. */
@@ -111,6 +115,12 @@ final class KvCache implements AutoCloseable {
         room = count;
     }
 
+    /** Has {@code makeRoom} called each time before more than {@code free} bytes are backed, for the first time since the cache woke. */
+    void askForRoom(long free, Runnable makeRoom) {
+        this.free = free;
+        this.makeRoom = makeRoom;
+    }
+
     /** Tells how many pages the next {@link #wake} backs, whatever was used before. */
     void expect(int count) {
         first = count;
@@ -134,6 +144,9 @@ final class KvCache implements AutoCloseable {
         long unit = range.granularity();
         long now = range.committed();
         long target = Math.ceilDiv(count * blockBytes, unit) * unit;
+        if (target > free && now <= free) {
+            makeRoom.run();
+        }
         try {
             range.commit(now, target - now);
         } catch (TandemException e) {

@@ -25,7 +25,6 @@ public final class RankTrainer implements AutoCloseable {
     private final ActivationMemory activations;
     private final long seed;
     private final int hostGroups;
-    private final boolean parks;
     private final Decoder decoder;
     /** Its kernels may have to be compiled, so it is made when training begins: who only generates does not wait for it. */
     private @Nullable TrainingModel model;
@@ -42,13 +41,11 @@ public final class RankTrainer implements AutoCloseable {
      * @param room for activations, where the options leave it to the memory plan
      * @param seed by which masters are drawn and BFLOAT16 moments rounded
      * @param hostGroups of how many groups a GPU's optimizer state stays in host memory
-     * @param parks whether the rest of it waits in host memory while {@link #rest resting}
      */
     public RankTrainer(WeightArena arena, Decoder decoder, Collectives collectives, DeviceMemory memory, TrainerOptions options,
-            long room, long seed, int hostGroups, boolean parks) {
+            long room, long seed, int hostGroups) {
         this.seed = seed;
         this.hostGroups = hostGroups;
-        this.parks = parks;
         this.arena = arena;
         this.collectives = collectives;
         this.memory = memory;
@@ -181,11 +178,15 @@ public final class RankTrainer implements AutoCloseable {
         }
     }
 
-    /** Gives back what only a training phase needs; moments and masters stay, or are parked. */
+    /** Gives back what only a training phase needs; moments and masters stay. */
     public void rest() {
         gradients.release();
         releaseBuckets();
-        if (parks && optimizer != null) {
+    }
+
+    /** Moves the optimizer's state that is on the device to host memory, where it waits for the next step. */
+    public void park() {
+        if (optimizer != null) {
             optimizer.park();
         }
     }

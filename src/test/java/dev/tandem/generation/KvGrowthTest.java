@@ -150,6 +150,26 @@ class KvGrowthTest {
     }
 
     @Test
+    void roomIsAskedForOnceBeforeItIsNeeded() {
+        List<Long> asked = new ArrayList<>();
+        try (Generator generator = generator(OPTIONS.prefixCaching(false))) {
+            long free = BLOCKS * blockBytes() / 3;
+            generator.askForRoom(free, () -> asked.add(pages.committed()));
+            for (int rollout = 0; rollout < 3; rollout++) {
+                generator.wake(BLOCKS);
+                run(generator, prompts(1, 30, 8));
+                assertEquals(rollout, asked.size(), "few pages need no more room");
+                run(generator, prompts(40, 40, 9));
+                assertTrue(pages.committed() > free);
+                assertEquals(rollout + 1, asked.size());
+                assertTrue(asked.getLast() <= free);
+                generator.sleep();
+                generator.expectBlocks(1);
+            }
+        }
+    }
+
+    @Test
     void prefixesAreKeptWhileThereIsUnmappedRoom() {
         try (Generator generator = generator(OPTIONS)) {
             generator.wake(BLOCKS);

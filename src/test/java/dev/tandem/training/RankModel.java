@@ -52,8 +52,7 @@ final class RankModel implements AutoCloseable {
         fill.accept(arena);
         Decoder decoder = new Decoder(config, rank.device(), dtype);
         DeviceMemory memory = new DeviceMemory(rank.device());
-        return new Parts(arena, decoder, memory, new RankTrainer(arena, decoder, rank.collectives(), memory, options, Long.MAX_VALUE, 1, 0,
-                false));
+        return new Parts(arena, decoder, memory, new RankTrainer(arena, decoder, rank.collectives(), memory, options, Long.MAX_VALUE, 1, 0));
     }
 
     @Override
