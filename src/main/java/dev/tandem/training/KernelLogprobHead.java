@@ -5,7 +5,6 @@ import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule.Grid;
 import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
-import java.util.Objects;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -101,45 +100,44 @@ final class KernelLogprobHead implements LogprobHead {
     @Override
     public Tensor backward(Tensor byLogprob, @Nullable Tensor byEntropy, Tensor byMatrix) {
         Tensor byHidden = Tensor.empty(device, DType.BFLOAT16, rows, hidden.size(1));
-        long entropies = byEntropy == null ? 0L : byEntropy.address();
+        Tensor p = probabilities;
         try (Scope scope = Scope.open()) {
-            if (probabilities != null && byEntropy == null) {
-                backward(probabilities, byLogprob, byHidden, byMatrix);
-                return byHidden;
+            if (p == null) {
+                fromLogits(byLogprob, byEntropy, byHidden, byMatrix);
+            } else if (byEntropy == null) {
+                ofLogprobs(p, byLogprob, byHidden, byMatrix);
+            } else {
+                kernels.logprobBackward.launch(device, new Grid(Math.ceilDiv(vocabulary, COLUMNS), rows, THREADS, 1, 0), p.address(),
+                        p.address(), stride, vocabulary, targets.address(), logprob.address(), byLogprob.address(), byEntropy.address(),
+                        entropy.address(), inverseTemperature);
+                multiply(p, 0, rows, hidden, byHidden, byMatrix);
             }
-            if (probabilities != null) {
-                long p = Objects.requireNonNull(probabilities).address();
-                kernels.logprobBackward.launch(device, new Grid(Math.ceilDiv(vocabulary, COLUMNS), rows, THREADS, 1, 0), p, p, stride,
-                        vocabulary, targets.address(), logprob.address(), byLogprob.address(), entropies, entropy.address(),
-                        inverseTemperature);
-                multiply(probabilities, 0, rows, byHidden, byMatrix);
-                return byHidden;
-            }
-            Tensor logits = Tensor.empty(device, DType.FLOAT32, chunk, stride);
-            Tensor gradient = Tensor.empty(device, DType.BFLOAT16, chunk, stride);
-            for (int start = 0; start < rows; start += chunk) {
-                int count = Math.min(chunk, rows - start);
-                compute(logits, start, count);
-                kernels.logprobBackwardFromLogits.launch(device,
-                        new Grid(Math.ceilDiv(vocabulary, COLUMNS_FROM_LOGITS), count, THREADS, 1, 0), logits.address(), stride,
-                        logSumExp.address() + 4L * start, gradient.address(), stride, vocabulary, targets.address() + 8L * start,
-                        logprob.address() + 4L * start, byLogprob.address() + 4L * start,
-                        entropies == 0 ? 0L : entropies + 4L * start, entropy.address() + 4L * start, inverseTemperature);
-                multiply(gradient, start, count, byHidden, byMatrix);
-            }
-            return byHidden;
+        }
+        return byHidden;
+    }
+
+    private void fromLogits(Tensor byLogprob, @Nullable Tensor byEntropy, Tensor byHidden, Tensor byMatrix) {
+        long entropies = byEntropy == null ? 0L : byEntropy.address();
+        Tensor logits = Tensor.empty(device, DType.FLOAT32, chunk, stride);
+        Tensor gradient = Tensor.empty(device, DType.BFLOAT16, chunk, stride);
+        for (int start = 0; start < rows; start += chunk) {
+            int count = Math.min(chunk, rows - start);
+            compute(logits, start, count);
+            kernels.logprobBackwardFromLogits.launch(device, new Grid(Math.ceilDiv(vocabulary, COLUMNS_FROM_LOGITS), count, THREADS, 1, 0),
+                    logits.address(), stride, logSumExp.address() + 4L * start, gradient.address(), stride, vocabulary,
+                    targets.address() + 8L * start, logprob.address() + 4L * start, byLogprob.address() + 4L * start,
+                    entropies == 0 ? 0L : entropies + 4L * start, entropy.address() + 4L * start, inverseTemperature);
+            multiply(gradient, start, count, hidden, byHidden, byMatrix);
         }
     }
 
-    /** Of log-probs alone: a row's factor goes to what its probabilities are multiplied with. */
-    private void backward(Tensor p, Tensor byLogprob, Tensor byHidden, Tensor byMatrix) {
+    /** When entropies have no gradient, a row's factor goes to what its probabilities are multiplied with. */
+    private void ofLogprobs(Tensor p, Tensor byLogprob, Tensor byHidden, Tensor byMatrix) {
         kernels.subtractTargets.launch(device, Grid.of(Math.ceilDiv(rows, THREADS), THREADS), p.address(), stride, vocabulary,
                 targets.address(), logprob.address(), rows);
         Tensor scaled = Tensor.empty(device, DType.BFLOAT16, hidden.shape());
         scaleRows(hidden, byLogprob, scaled);
-        Tensor columns = p.narrow(1, 0, vocabulary);
-        byMatrix.addMatmulInPlace(columns.transpose(0, 1), scaled);
-        byHidden.setLinear(columns, matrix.transpose(0, 1));
+        multiply(p, 0, rows, scaled, byHidden, byMatrix);
         scaleRows(byHidden, byLogprob, byHidden);
     }
 
@@ -150,12 +148,12 @@ final class KernelLogprobHead implements LogprobHead {
                 rows);
     }
 
-    /** From the gradient of logits to those of hidden states and of the matrix. */
-    private void multiply(Tensor gradient, int start, int count, Tensor byHidden, Tensor byMatrix) {
+    /** From the gradient of logits to those of hidden states and of the matrix; {@code x} are the hidden states, times what it lacks. */
+    private void multiply(Tensor gradient, int start, int count, Tensor x, Tensor byHidden, Tensor byMatrix) {
         try (Scope scope = Scope.open()) {
             Tensor byLogits = gradient.narrow(0, 0, count).narrow(1, 0, vocabulary);
             byHidden.narrow(0, start, count).setLinear(byLogits, matrix.transpose(0, 1));
-            byMatrix.addMatmulInPlace(byLogits.transpose(0, 1), hidden.narrow(0, start, count));
+            byMatrix.addMatmulInPlace(byLogits.transpose(0, 1), x.narrow(0, start, count));
         }
     }
 }

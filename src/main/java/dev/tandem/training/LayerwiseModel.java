@@ -34,7 +34,6 @@ final class LayerwiseModel implements TrainingModel {
     private final WeightArena arena;
     private final Decoder decoder;
     private final DeviceMemory memory;
-    private final TrainerOptions options;
     private final dev.tandem.device.Device device;
     private final ActivationMemory activationMemory;
     private @Nullable Tensor layerBucket;
@@ -47,7 +46,6 @@ final class LayerwiseModel implements TrainingModel {
         this.decoder = decoder;
         this.memory = memory;
         this.activationMemory = activationMemory;
-        options = activationMemory.options();
         device = memory.device();
     }
 
@@ -64,7 +62,7 @@ final class LayerwiseModel implements TrainingModel {
             }
             Tensor hidden = decoder.finish(weights.head(), x.indexSelect(0, batch.rows()));
             LogprobHead head = new TensorLogprobHead(
-                    weights.logitMatrix(), temperature, hidden, batch.targets(), options.logitBytes());
+                    weights.logitMatrix(), temperature, hidden, batch.targets(), activationMemory.options().logitBytes());
             Tensor entropy = Tensor.empty(device, DType.FLOAT32, batch.targets().size(0));
             Tensor logprob = scope.escape(head.forward(entropy));
             return LossGradient.values(batch, logprob, scope.escape(entropy));
@@ -174,7 +172,7 @@ final class LayerwiseModel implements TrainingModel {
                 weights.accumulateInto(bucket);
                 Tensor hidden = decoder.finish(weights, x.indexSelect(0, batch.rows()));
                 LogprobHead head = new TensorLogprobHead(arena.logitMatrix(), temperature, hidden.detach(), batch.targets(),
-                        options.logitBytes());
+                        activationMemory.options().logitBytes());
                 Tensor entropy = Tensor.empty(device, DType.FLOAT32, batch.targets().size(0));
                 Tensor logprob;
                 try (Gradients off = Gradients.disabled()) {

@@ -41,7 +41,6 @@ final class ManualModel implements TrainingModel {
     private final ModelConfig config;
     private final Decoder decoder;
     private final DeviceMemory memory;
-    private final TrainerOptions options;
     private final Device device;
     private final ActivationMemory activationMemory;
     private final @Nullable TrainingKernels kernels;
@@ -65,7 +64,6 @@ final class ManualModel implements TrainingModel {
         this.decoder = decoder;
         this.memory = memory;
         this.activationMemory = activationMemory;
-        options = activationMemory.options();
         config = arena.layout().config();
         device = memory.device();
         kernels = device.isCpu() ? null : new TrainingKernels(config, device);
@@ -213,6 +211,7 @@ final class ManualModel implements TrainingModel {
 
         LogprobHead head(Tensor normed, double temperature) {
             Tensor hidden = normed.indexSelect(0, batch.rows());
+            TrainerOptions options = activationMemory.options();
             return kernels == null
                     ? new TensorLogprobHead(weights.logitMatrix(), temperature, hidden, batch.targets(), options.logitBytes())
                     : new KernelLogprobHead(kernels, weights.logitMatrix(), temperature, hidden, batch.targets(), options);

@@ -74,9 +74,13 @@ final class OptimizerKernels implements AutoCloseable {
      * @param element the number of the first weight in the model
      */
     void drawRemainders(Tensor weights, long remainders, long element) {
-        int blocks = (int) Math.clamp(Math.ceilDiv(weights.elements(), ELEMENTS), 1, Integer.MAX_VALUE);
-        Objects.requireNonNull(drawRemainders).launch(device, Grid.of(blocks, THREADS), weights.address(), remainders, weights.elements(), seed,
-                element);
+        Objects.requireNonNull(drawRemainders).launch(device, grid(weights.elements()), weights.address(), remainders,
+                weights.elements(), seed, element);
+    }
+
+    /** A block for each stretch of elements. */
+    private static Grid grid(long elements) {
+        return Grid.of(Math.toIntExact(Math.max(1, Math.ceilDiv(elements, ELEMENTS))), THREADS);
     }
 
     /**
@@ -106,9 +110,8 @@ final class OptimizerKernels implements AutoCloseable {
      */
     void update(long gradient, long state, OptimizerLayout layout, long at, boolean copied, long weights, long count, long element,
             double lr, boolean decays) {
-        int blocks = (int) Math.clamp(Math.ceilDiv(count, ELEMENTS), 1, Integer.MAX_VALUE);
         double decay = options.decays(decays) ? options.weightDecay() : 0;
-        (copied ? adamwAfterCopy : adamw).launch(device, Grid.of(blocks, THREADS), gradient, state + layout.first(at),
+        (copied ? adamwAfterCopy : adamw).launch(device, grid(count), gradient, state + layout.first(at),
                 state + layout.second(at), layout.splits() ? state + layout.remainder(at) : 0L, weights, count, lr, options.beta1(),
                 options.beta2(), options.epsilon(), decay, 0, seed, element, stepState.address());
     }

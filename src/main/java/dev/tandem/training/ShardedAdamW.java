@@ -25,10 +25,11 @@ import org.jspecify.annotations.Nullable;
  * AdamW (Loshchilov and Hutter 2019) over this rank's slice of every group, writing the arena in place.
  *
  * <p>In a FLOAT32 arena the weights themselves are updated; in a BFLOAT16 arena a FLOAT32 master of each is, or small updates would be
- * lost. The arena has the master's upper half, rounded; the lower one is kept here ({@link SplitMasters}). A master begins at one of the numbers that round to its weight, drawn at
- * random. Would it begin at the weight itself, in the middle of what rounds to it, then no weight would move before its master has gone
- * half a unit in the last place, which at the learning rates of reinforcement learning is a hundred steps away; so as many weights move in
- * each step as the update is worth. Moments are FLOAT32, or BFLOAT16 by {@link RandomRounding}.
+ * lost. The arena has the master's upper half, rounded; the lower one is kept here ({@link SplitMasters}). A master begins at one of the
+ * numbers that round to its weight, drawn at random. Would it begin at the weight itself, in the middle of what rounds to it, then no
+ * weight would move before its master has gone half a unit in the last place, which at the learning rates of reinforcement learning is a
+ * hundred steps away; so as many weights move in each step as the update is worth. Moments are FLOAT32, or BFLOAT16 by
+ * {@link RandomRounding}.
  *
  * <p>After the update an in-place all-gather completes the arena on every rank. On the CPU, work goes through in chunks that stay in the
  * cache, so a step reads and writes each number about once; on a GPU it is one pass of {@link OptimizerKernels}. All memory is taken before
@@ -203,7 +204,15 @@ final class ShardedAdamW implements AutoCloseable {
             });
             (stays ? staying : passing).add(() -> collectives.allGather(group.flat()));
         }
-        // While a piece passes there is time for what is on the device.
+        alternate(passing, staying);
+        if (host != null) {
+            host.end();
+        }
+        return on.outcome(loss);
+    }
+
+    /** While a piece passes there is time for what is on the device. */
+    private static void alternate(List<Runnable> passing, Deque<Runnable> staying) {
         int each = Math.ceilDiv(staying.size(), Math.max(1, passing.size()));
         for (Runnable piece : passing) {
             piece.run();
@@ -212,10 +221,6 @@ final class ShardedAdamW implements AutoCloseable {
             }
         }
         staying.forEach(Runnable::run);
-        if (host != null) {
-            host.end();
-        }
-        return on.outcome(loss);
     }
 
     private void onCpu(GradientShard gradients, double lr, double scale) {

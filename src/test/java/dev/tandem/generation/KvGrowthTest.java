@@ -70,16 +70,6 @@ class KvGrowthTest {
         return prompts;
     }
 
-    private static List<Completion> run(Generator generator, List<Prompt> prompts) {
-        prompts.forEach(prompt -> generator.submit(prompt, null));
-        List<Completion> done = new ArrayList<>();
-        while (generator.hasWork()) {
-            generator.step(done::add);
-        }
-        done.sort(Comparator.comparingInt(Completion::prompt).thenComparingInt(Completion::sample));
-        return done;
-    }
-
     private static void assertSame(List<Completion> expected, List<Completion> found) {
         assertEquals(expected.size(), found.size());
         for (int i = 0; i < found.size(); i++) {
@@ -97,14 +87,14 @@ class KvGrowthTest {
         try (Generator all = generator(options)) {
             all.expectBlocks(room);
             all.wake(room);
-            expected = run(all, prompts);
+            expected = RankGenerator.run(all, prompts);
             steps = all.times().steps();
             preemptions = all.preemptions();
             assertEquals(1, pages.commits);
         }
         try (Generator growing = generator(options)) {
             growing.wake(room);
-            assertSame(expected, run(growing, prompts));
+            assertSame(expected, RankGenerator.run(growing, prompts));
             assertEquals(steps, growing.times().steps());
             assertEquals(preemptions, growing.preemptions());
             assertTrue(pages.commits > 1);
@@ -153,7 +143,7 @@ class KvGrowthTest {
             int commits = pages.commits;
             assertTrue(commits > 2, commits + " commits");
             for (int i = 0; i < 20; i++) {
-                run(generator, List.of(prompt)); // its pages hold no prefix, so the next one takes them
+                RankGenerator.run(generator, List.of(prompt)); // its pages hold no prefix, so the next one takes them
             }
             assertEquals(commits, pages.commits);
         }
@@ -184,16 +174,16 @@ class KvGrowthTest {
         try (Generator generator = generator(OPTIONS)) {
             generator.wake(BLOCKS);
             List<Prompt> first = prompts(1, 30, 5);
-            run(generator, first);
+            RankGenerator.run(generator, first);
             int seed = 6;
             while (pages.committed() < BLOCKS * blockBytes()) {
-                assertEquals(28, run(generator, first).getFirst().cachedTokens());
-                run(generator, prompts(3, 30, seed++));
+                assertEquals(28, RankGenerator.run(generator, first).getFirst().cachedTokens());
+                RankGenerator.run(generator, prompts(3, 30, seed++));
             }
             for (int i = 0; i < 10; i++) {
-                run(generator, prompts(3, 30, seed++));
+                RankGenerator.run(generator, prompts(3, 30, seed++));
             }
-            assertEquals(0, run(generator, first).getFirst().cachedTokens(), "all is mapped, and others came later");
+            assertEquals(0, RankGenerator.run(generator, first).getFirst().cachedTokens(), "all is mapped, and others came later");
             assertEquals(0, generator.preemptions());
         }
     }
@@ -205,7 +195,7 @@ class KvGrowthTest {
             long address = generator.kvAddress();
             long first = pages.committed();
             List<Prompt> large = prompts(20, 40, 7);
-            List<Completion> expected = run(generator, large);
+            List<Completion> expected = RankGenerator.run(generator, large);
             long most = pages.committed();
             for (int i = 0; i < 3; i++) {
                 generator.sleep();
@@ -218,13 +208,13 @@ class KvGrowthTest {
                 generator.wake(BLOCKS);
                 assertEquals(woken, pages.committed(), "nothing was generated in between");
                 int commits = pages.commits;
-                assertSame(expected, run(generator, large));
+                assertSame(expected, RankGenerator.run(generator, large));
                 assertEquals(commits, pages.commits, "a rollout like the last maps nothing");
                 assertEquals(address, generator.kvAddress());
             }
             generator.sleep();
             generator.wake(BLOCKS);
-            run(generator, prompts(1, 4, 8));
+            RankGenerator.run(generator, prompts(1, 4, 8));
             generator.sleep();
             generator.wake(BLOCKS);
             assertEquals(first, pages.committed());
@@ -244,9 +234,9 @@ class KvGrowthTest {
         long most;
         try (Generator generator = generator(OPTIONS)) {
             generator.wake(BLOCKS);
-            expectedSmall = run(generator, small);
+            expectedSmall = RankGenerator.run(generator, small);
             generator.forgetPrefixes();
-            expected = run(generator, prompts);
+            expected = RankGenerator.run(generator, prompts);
             most = pages.committed();
         }
         try (Generator generator = generator(OPTIONS)) {
@@ -257,11 +247,11 @@ class KvGrowthTest {
             for (long limit = unit; limit < most; limit += unit) {
                 pages.limit = limit;
                 generator.wake(BLOCKS);
-                assertExplained(assertThrows(TandemException.class, () -> run(generator, prompts)));
+                assertExplained(assertThrows(TandemException.class, () -> RankGenerator.run(generator, prompts)));
                 assertTrue(pages.committed() <= limit && memory.held(Use.KV) == pages.committed());
                 generator.reset();
                 assertFalse(generator.hasWork());
-                assertSame(expectedSmall, run(generator, small));
+                assertSame(expectedSmall, RankGenerator.run(generator, small));
                 generator.forgetPrefixes();
 
                 // The samples of a failed step go on when there is memory again.

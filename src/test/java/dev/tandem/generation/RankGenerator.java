@@ -57,8 +57,12 @@ final class RankGenerator implements AutoCloseable {
         return text.toString();
     }
 
-    /** Runs everything to its end; ordered by prompt and sample. */
     List<Completion> run(List<Prompt> prompts) {
+        return run(generator, prompts);
+    }
+
+    /** Runs everything to its end; ordered by prompt and sample. */
+    static List<Completion> run(Generator generator, List<Prompt> prompts) {
         prompts.forEach(prompt -> generator.submit(prompt, null));
         List<Completion> done = new ArrayList<>();
         while (generator.hasWork()) {
