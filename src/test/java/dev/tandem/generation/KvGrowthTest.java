@@ -157,9 +157,9 @@ class KvGrowthTest {
             generator.askForRoom(free, () -> asked.add(pages.committed()));
             for (int rollout = 0; rollout < 3; rollout++) {
                 generator.wake(BLOCKS);
-                run(generator, prompts(1, 30, 8));
+                RankGenerator.run(generator, prompts(1, 30, 8));
                 assertEquals(rollout, asked.size(), "few pages need no more room");
-                run(generator, prompts(40, 40, 9));
+                RankGenerator.run(generator, prompts(40, 40, 9));
                 assertTrue(pages.committed() > free);
                 assertEquals(rollout + 1, asked.size());
                 assertTrue(asked.getLast() <= free);
