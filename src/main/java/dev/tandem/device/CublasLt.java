@@ -22,8 +22,9 @@ import org.jspecify.annotations.Nullable;
  * Matrix products on a GPU with an algorithm that was chosen by timing.
  *
  * <p>cuBLAS picks an algorithm from the sizes by rules of thumb, which are good for large matrices; for the few rows of a decoding step its
- * first choice can take three times as long as its fourth. Here the candidates are timed once for each size, in the way they are used
- * (one after the other in a graph, over weights that are not in the cache), and the fastest is kept in the {@link TuningCache}. Sums are kept in float32 throughout.
+ * first choice can take three times as long as its fourth, and even for large ones a tenth longer than the best. Here the candidates are
+ * timed once for each size, in the way they are used (one after the other in a graph, over weights that are not in the cache), and the
+ * fastest is kept in the {@link TuningCache}. Sums are kept in float32 throughout.
  *
  * <p>Confined to the thread of its device. The owner closes it.
  */
@@ -38,6 +39,10 @@ public final class CublasLt implements AutoCloseable {
     private static final int OP_T = 1;
     private static final int PREFERENCE_WORKSPACE = 1;
     private static final int PREFERENCE_REDUCTION = 3;
+    /** Of the first factor; those of the second and of the result follow. */
+    private static final int PREFERENCE_ALIGNMENT = 5;
+    private static final int ALIGNMENT = 16;
+    private static final int LAYOUT_COLUMNS = 3;
     /** In place, or in the type of the sums; not in the type of the result. */
     private static final int FLOAT_REDUCTIONS = 3;
 
@@ -55,6 +60,7 @@ public final class CublasLt implements AutoCloseable {
     private static final MethodHandle DESC_DESTROY = function("cublasLtMatmulDescDestroy", JAVA_LONG);
     private static final MethodHandle LAYOUT_CREATE =
             function("cublasLtMatrixLayoutCreate", ADDRESS, JAVA_INT, JAVA_LONG, JAVA_LONG, JAVA_LONG);
+    private static final MethodHandle LAYOUT_SET = function("cublasLtMatrixLayoutSetAttribute", JAVA_LONG, JAVA_INT, ADDRESS, JAVA_LONG);
     private static final MethodHandle LAYOUT_DESTROY = function("cublasLtMatrixLayoutDestroy", JAVA_LONG);
     private static final MethodHandle PREFERENCE_CREATE = function("cublasLtMatmulPreferenceCreate", ADDRESS);
     private static final MethodHandle PREFERENCE_SET =
@@ -90,33 +96,65 @@ public final class CublasLt implements AutoCloseable {
         zero = arena.allocateFrom(JAVA_FLOAT, 0f);
     }
 
-    /** A product of fixed sizes with its algorithm: out [m, n] = x [m, k] times the transpose of weight [n, k], all BFLOAT16 but out. */
+    /**
+     * A product with a weight [n, k], all of BFLOAT16 but the result.
+     *
+     * @param backward whether rows [m, n] are multiplied by the weight, which gives [m, k]; otherwise rows [m, k] by its transpose, which
+     *     gives [m, n]
+     * @param rowStride elements from one row to the next
+     * @param outStride elements from one row of the result to the next
+     * @param outType BFLOAT16 or FLOAT32
+     */
+    public record Shape(boolean backward, int n, int k, long rowStride, long outStride, DType outType) {
+        /** {@return rows that lie one after the other times the transpose of a weight} */
+        public static Shape forward(int n, int k, long outStride, DType outType) {
+            return new Shape(false, n, k, k, outStride, outType);
+        }
+    }
+
+    /** A product with its algorithm. */
     public final class Product implements AutoCloseable {
+        private final Shape shape;
         private final long description;
         private final long weightLayout;
         private final long rowLayout;
         private final long outLayout;
+        private final MemorySegment rowCount = arena.allocate(JAVA_LONG);
         private final List<MemorySegment> candidates = new ArrayList<>();
         private MemorySegment chosen;
         private float milliseconds;
 
-        private Product(int m, int n, int k, long outStride, DType outType) {
+        private Product(int rows, Shape shape) {
+            this.shape = shape;
             description = create("cublasLtMatmulDescCreate",
                     out -> (int) DESC_CREATE.invokeExact(out, COMPUTE_32F, CUDA_R_32F));
-            try (Arena local = Arena.ofConfined()) {
-                MemorySegment transposed = local.allocateFrom(JAVA_INT, OP_T);
-                call("cublasLtMatmulDescSetAttribute", () -> (int) DESC_SET.invokeExact(description, DESC_TRANSA, transposed, 4L));
+            if (!shape.backward) {
+                try (Arena local = Arena.ofConfined()) {
+                    MemorySegment transposed = local.allocateFrom(JAVA_INT, OP_T);
+                    call("cublasLtMatmulDescSetAttribute", () -> (int) DESC_SET.invokeExact(description, DESC_TRANSA, transposed, 4L));
+                }
             }
-            int type = outType == DType.FLOAT32 ? CUDA_R_32F : CUDA_R_16BF;
+            int type = shape.outType == DType.FLOAT32 ? CUDA_R_32F : CUDA_R_16BF;
             // The library counts columns first: its result is the transpose, weights on the left.
-            weightLayout = layout(CUDA_R_16BF, k, n, k);
-            rowLayout = layout(CUDA_R_16BF, k, m, k);
-            outLayout = layout(type, n, m, outStride);
+            weightLayout = layout(CUDA_R_16BF, shape.k, shape.n, shape.k);
+            rowLayout = layout(CUDA_R_16BF, shape.backward ? shape.n : shape.k, rows, shape.rowStride);
+            outLayout = layout(type, shape.backward ? shape.k : shape.n, rows, shape.outStride);
+            rowCount.set(JAVA_LONG, 0, rows);
             find();
             if (candidates.isEmpty()) {
-                throw new TandemException("cuBLAS has no algorithm for a product of " + m + " x " + k + " and " + n + " x " + k);
+                throw new TandemException("cuBLAS has no algorithm for " + rows + " rows and " + shape);
             }
             chosen = candidates.getFirst();
+        }
+
+        /** Has the product multiply another number of rows from now on, by the same algorithm. */
+        void rows(long rows) {
+            if (rows != rowCount.get(JAVA_LONG, 0)) {
+                rowCount.set(JAVA_LONG, 0, rows);
+                for (long layout : new long[] {rowLayout, outLayout}) {
+                    call("cublasLtMatrixLayoutSetAttribute", () -> (int) LAYOUT_SET.invokeExact(layout, LAYOUT_COLUMNS, rowCount, 8L));
+                }
+            }
         }
 
         private void find() {
@@ -128,6 +166,12 @@ public final class CublasLt implements AutoCloseable {
                 MemorySegment reductions = local.allocateFrom(JAVA_INT, FLOAT_REDUCTIONS);
                 call("cublasLtMatmulPreferenceSetAttribute",
                         () -> (int) PREFERENCE_SET.invokeExact(preference, PREFERENCE_REDUCTION, reductions, 4L));
+                MemorySegment alignment = local.allocateFrom(JAVA_INT, ALIGNMENT);
+                for (int operand = 0; operand < 4; operand++) {
+                    int attribute = PREFERENCE_ALIGNMENT + operand;
+                    call("cublasLtMatmulPreferenceSetAttribute",
+                            () -> (int) PREFERENCE_SET.invokeExact(preference, attribute, alignment, 4L));
+                }
                 MemorySegment results = arena.allocate(CANDIDATES * RESULT_BYTES, 16);
                 MemorySegment count = local.allocate(JAVA_INT);
                 call("cublasLtMatmulAlgoGetHeuristic", () -> (int) HEURISTIC.invokeExact(handle, description, weightLayout, rowLayout,
@@ -221,15 +265,15 @@ public final class CublasLt implements AutoCloseable {
     /**
      * Chooses an algorithm for a product by timing.
      *
-     * @param weights addresses of matrices [n, k] of this size that are used in turn, such as those of all layers
-     * @param x address of rows [m, k]
-     * @param out address of a result [m, n] to overwrite
-     * @param outStride elements from one row of the result to the next
-     * @param outType BFLOAT16 or FLOAT32
+     * @param rows to time it with
+     * @param like the number of rows that what is found is kept for
+     * @param weights addresses of weights of this shape that are used in turn, such as those of all layers
+     * @param x address of the rows
+     * @param out address of a result to overwrite
      */
-    public Product tune(int m, int n, int k, long x, long[] weights, long out, long outStride, DType outType) {
-        Product product = new Product(m, n, k, outStride, outType);
-        String question = "cuBLAS " + m + " " + n + " " + k + " " + outStride + " " + outType;
+    public Product tune(int rows, int like, Shape shape, long x, long[] weights, long out) {
+        Product product = new Product(rows, shape);
+        String question = "cuBLAS " + like + " " + shape;
         if (!product.restore(choices.find(question))) {
             product.tune(x, weights, out);
             choices.keep(question, product.milliseconds + " " + HexFormat.of().formatHex(product.chosen.toArray(ValueLayout.JAVA_BYTE)));

@@ -149,6 +149,11 @@ public final class Tensor implements AutoCloseable {
         return t.size(dimension);
     }
 
+    /** {@return elements from one index of a dimension to the next} */
+    public long stride(int dimension) {
+        return t.stride(dimension);
+    }
+
     /** {@return the number of elements} */
     public long elements() {
         return t.numel();

@@ -21,7 +21,7 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The decoder's forward pass on a GPU, from token ids to logits, in Tandem's kernels and libtorch's matrix products. It computes what
+ * The decoder's forward pass on a GPU, from token ids to logits, in Tandem's kernels and matrix products of several makers. It computes what
  * {@link dev.tandem.model.Decoder} computes, reads the same weights, and allocates nothing: every buffer is made once and used by all
  * steps, so that a pass can be captured as a graph.
  *
@@ -255,10 +255,10 @@ final class CudaDecoder implements AutoCloseable {
         return products.ways(rows);
     }
 
-    /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight; by libtorch where no product is chosen. */
-    private static void multiply(CudaProducts.@Nullable Product by, Tensor x, Tensor weight, Tensor out, int rows) {
+    /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight. */
+    private void multiply(CudaProducts.@Nullable Product by, Tensor x, Tensor weight, Tensor out, int rows) {
         if (by == null) {
-            out.narrow(0, 0, rows).setLinear(x.narrow(0, 0, rows), weight);
+            products.large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows));
         } else {
             by.run(x.address(), weight.address(), out.address());
         }
@@ -272,7 +272,7 @@ final class CudaDecoder implements AutoCloseable {
      * @param decodeRows for how many rows the decode attention is launched
      * @param tiles of the prefill attention
      * @param wanted rows of logits
-     * @param by how a decoding step of that many tokens multiplies, or null for libtorch's products
+     * @param by how a decoding step of that many tokens multiplies, or null for products of many rows
      */
     void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.@Nullable Way by) {
         try (Scope scope = Scope.open()) {

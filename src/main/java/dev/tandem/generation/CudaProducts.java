@@ -1,8 +1,10 @@
 package dev.tandem.generation;
 
 import dev.tandem.device.CublasLt;
+import dev.tandem.device.CublasLt.Shape;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.LargeProducts;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.HopperProducts.Kind;
@@ -20,7 +22,8 @@ import java.util.Objects;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The matrix products of decoding steps, which are most of a step's time: the ways to compute them for a number of rows.
+ * The matrix products of a step: of one with prompts, {@link #large}, and the ways to compute those of a decoding step, which are most of
+ * its time, for a number of rows.
  *
  * <p>Which way is fastest depends on sizes and on the kernels around a product, which it may overlap with, so {@link CudaExecutor} times
  * whole steps to choose. Confined to its rank's thread. The owner closes it.
@@ -34,6 +37,8 @@ final class CudaProducts implements AutoCloseable {
     private final Buffers buffers;
     private final Rotation rotation;
     private final CublasLt cublas;
+    /** Of steps with prompts. */
+    final LargeProducts large;
     private final @Nullable HopperProducts hopper;
     private final Map<Integer, List<Way>> ways = new HashMap<>();
     private final Deque<Runnable> owned = new ArrayDeque<>();
@@ -81,6 +86,8 @@ final class CudaProducts implements AutoCloseable {
         config = arena.layout().config();
         cublas = new CublasLt(device);
         owned.push(cublas::close);
+        large = new LargeProducts(device, cublas);
+        owned.push(large::close);
         HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device, config, options) : null;
         if (own != null) {
             owned.push(own::close);
@@ -155,7 +162,7 @@ final class CudaProducts implements AutoCloseable {
     }
 
     private CublasLt.Product timed(int rows, int n, int k, Tensor x, long[] weights, Tensor out, DType type) {
-        CublasLt.Product product = cublas.tune(rows, n, k, x.address(), weights, out.address(), out.size(1), type);
+        CublasLt.Product product = cublas.tune(rows, rows, Shape.forward(n, k, out.size(1), type), x.address(), weights, out.address());
         owned.push(product::close);
         return product;
     }

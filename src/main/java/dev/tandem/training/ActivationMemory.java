@@ -1,5 +1,6 @@
 package dev.tandem.training;
 
+import dev.tandem.device.CublasLt;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.model.ModelConfig;
@@ -74,7 +75,7 @@ record ActivationMemory(ModelConfig config, DType dtype, Device device, TrainerO
             long inputs = (config.layers() - recordedLayers) * tokens * config.hiddenSize() * dtype.bytes();
             long head = device.isCpu()
                     ? 2 * Math.min(options.logitBytes(), tokens * config.vocabSize() * Float.BYTES)
-                    : KernelLogprobHead.bytes(tokens, config.vocabSize(), options) + CUBLAS_WORKSPACE;
+                    : KernelLogprobHead.bytes(tokens, config.vocabSize(), options) + CUBLAS_WORKSPACE + CublasLt.WORKSPACE;
             // A layer's backward pass makes about as much as the layer keeps, on a GPU twice that (of it attention, with sums of gradients in
             // FLOAT32, nearly half), and a layer that runs again keeps that too; the head has gone then.
             long layer = tokens * layerBytes();

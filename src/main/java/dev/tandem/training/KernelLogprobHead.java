@@ -93,7 +93,7 @@ final class KernelLogprobHead implements LogprobHead {
 
     private void compute(Tensor logits, int start, int count) {
         try (Scope scope = Scope.open()) {
-            logits.narrow(0, 0, count).narrow(1, 0, vocabulary).setLinear(hidden.narrow(0, start, count), matrix);
+            kernels.products.forward(hidden.narrow(0, start, count), matrix, logits.narrow(0, 0, count).narrow(1, 0, vocabulary));
         }
     }
 
@@ -152,7 +152,7 @@ final class KernelLogprobHead implements LogprobHead {
     private void multiply(Tensor gradient, int start, int count, Tensor x, Tensor byHidden, Tensor byMatrix) {
         try (Scope scope = Scope.open()) {
             Tensor byLogits = gradient.narrow(0, 0, count).narrow(1, 0, vocabulary);
-            byHidden.narrow(0, start, count).setLinear(byLogits, matrix.transpose(0, 1));
+            kernels.products.backward(byLogits, matrix, byHidden.narrow(0, start, count));
             byMatrix.addMatmulInPlace(byLogits.transpose(0, 1), x.narrow(0, start, count));
         }
     }

@@ -41,6 +41,18 @@ final class KernelOperations implements LayerOperations {
         return tensor == null ? 0 : tensor.address();
     }
 
+    // ---- products -------------------------------------------------------------------------------------------------------
+
+    @Override
+    public Tensor multiply(Tensor x, Tensor weight) {
+        return kernels.products.forward(x, weight, bf16(tokens, weight.size(0)));
+    }
+
+    @Override
+    public Tensor multiplyBackward(Tensor byProduct, Tensor weight) {
+        return kernels.products.backward(byProduct, weight, bf16(tokens, weight.size(1)));
+    }
+
     // ---- norms ----------------------------------------------------------------------------------------------------------
 
     @Override

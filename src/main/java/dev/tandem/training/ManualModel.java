@@ -173,20 +173,26 @@ final class ManualModel implements TrainingModel {
         Kept layer(int layer, Stream x) {
             WeightGroup w = weights.layer(layer);
             Normed first = norm(x, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-            Tensor qkv = first.normed().linear(w.weight(ParameterRole.Q_WEIGHT), null);
+            Tensor qkv = operations.multiply(first.normed(), w.weight(ParameterRole.Q_WEIGHT));
             Heads heads = operations.heads(qkv, w.find(ParameterRole.Q_BIAS), w.find(ParameterRole.Q_NORM), w.find(ParameterRole.K_NORM));
             Attended attended = operations.attend(heads);
-            Tensor output = attended.result().linear(w.weight(ParameterRole.O_WEIGHT), w.find(ParameterRole.O_BIAS));
+            Tensor output = product(w, ParameterRole.O_WEIGHT, ParameterRole.O_BIAS, attended.result());
             Normed second = norm(new Stream(first.sum(), output), w, ParameterRole.MLP_NORM_WEIGHT, ParameterRole.MLP_NORM_BIAS);
-            Tensor widened = second.normed().linear(w.weight(widen()), null);
+            Tensor widened = operations.multiply(second.normed(), w.weight(widen()));
             return new Kept(first.sum(), first.statistics(), qkv, heads, attended, second.sum(), second.statistics(), widened);
         }
 
         /** {@return a layer's output} */
         Stream output(int layer, Kept kept) {
             WeightGroup w = weights.layer(layer);
-            return new Stream(kept.middle, operations.activate(kept.widened, widenBias(w))
-                    .linear(w.weight(ParameterRole.DOWN_WEIGHT), w.find(ParameterRole.DOWN_BIAS)));
+            return new Stream(kept.middle, product(w, ParameterRole.DOWN_WEIGHT, ParameterRole.DOWN_BIAS,
+                    operations.activate(kept.widened, widenBias(w))));
+        }
+
+        private Tensor product(WeightGroup w, ParameterRole weight, ParameterRole bias, Tensor x) {
+            Tensor product = operations.multiply(x, w.weight(weight));
+            Tensor addend = w.find(bias);
+            return addend == null ? product : product.addInPlace(addend);
         }
 
         private Normed norm(Stream x, WeightGroup w, ParameterRole weight, ParameterRole bias) {
@@ -305,26 +311,26 @@ final class ManualModel implements TrainingModel {
             Tensor group = gradients.open(w);
             Tensor bias = widenBias(w);
             Backward activation =
-                    operations.activateBackward(kept.widened, bias, byOutput.matmul(w.weight(ParameterRole.DOWN_WEIGHT)));
-            product(w, group, ParameterRole.DOWN_WEIGHT, ParameterRole.DOWN_BIAS, byOutput, activation.again());
+                    operations.activateBackward(kept.widened, bias, operations.multiplyBackward(byOutput, w.weight(ParameterRole.DOWN_WEIGHT)));
+            weightGradient(w, group, ParameterRole.DOWN_WEIGHT, ParameterRole.DOWN_BIAS, byOutput, activation.again());
             Tensor byWidened = activation.gradient();
-            Backward second = normBackward(w, group, byWidened.matmul(w.weight(widen())), kept.middle, kept.middleStatistics, byOutput,
+            Backward second = normBackward(w, group, operations.multiplyBackward(byWidened, w.weight(widen())), kept.middle, kept.middleStatistics, byOutput,
                     ParameterRole.MLP_NORM_WEIGHT, ParameterRole.MLP_NORM_BIAS);
-            product(w, group, widen(), widenBiasRole(), byWidened, second.again());
+            weightGradient(w, group, widen(), widenBiasRole(), byWidened, second.again());
             Tensor byMiddle = second.gradient();
-            product(w, group, ParameterRole.O_WEIGHT, ParameterRole.O_BIAS, byMiddle, kept.attended.result());
-            Heads byHeads = operations.attendBackward(byMiddle.matmul(w.weight(ParameterRole.O_WEIGHT)), kept.heads, kept.attended);
+            weightGradient(w, group, ParameterRole.O_WEIGHT, ParameterRole.O_BIAS, byMiddle, kept.attended.result());
+            Heads byHeads = operations.attendBackward(operations.multiplyBackward(byMiddle, w.weight(ParameterRole.O_WEIGHT)), kept.heads, kept.attended);
             Tensor byQkv = operations.headsBackward(byHeads, kept.qkv, w.find(ParameterRole.Q_BIAS), w.find(ParameterRole.Q_NORM),
                     w.find(ParameterRole.K_NORM), part(w, group, ParameterRole.Q_NORM), part(w, group, ParameterRole.K_NORM));
-            Backward first = normBackward(w, group, byQkv.matmul(w.weight(ParameterRole.Q_WEIGHT)), kept.input, kept.inputStatistics,
+            Backward first = normBackward(w, group, operations.multiplyBackward(byQkv, w.weight(ParameterRole.Q_WEIGHT)), kept.input, kept.inputStatistics,
                     byMiddle, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
-            product(w, group, ParameterRole.Q_WEIGHT, ParameterRole.Q_BIAS, byQkv, first.again());
+            weightGradient(w, group, ParameterRole.Q_WEIGHT, ParameterRole.Q_BIAS, byQkv, first.again());
             gradients.complete(w, group);
             return first.gradient();
         }
 
         /** The gradients of a product's weight and bias, from that of its result [T, n] and its input [T, k]. */
-        private void product(WeightGroup w, Tensor group, ParameterRole weight, ParameterRole bias, Tensor byResult, Tensor input) {
+        private void weightGradient(WeightGroup w, Tensor group, ParameterRole weight, ParameterRole bias, Tensor byResult, Tensor input) {
             w.part(group, weight).addMatmulInPlace(byResult.transpose(0, 1), input);
             if (w.find(bias) != null) {
                 operations.addColumnSums(byResult, w.part(group, bias));

@@ -32,6 +32,18 @@ final class TensorOperations implements LayerOperations {
         scale = 1 / Math.sqrt(config.headDim());
     }
 
+    // ---- products -------------------------------------------------------------------------------------------------------
+
+    @Override
+    public Tensor multiply(Tensor x, Tensor weight) {
+        return x.linear(weight, null);
+    }
+
+    @Override
+    public Tensor multiplyBackward(Tensor byProduct, Tensor weight) {
+        return byProduct.matmul(weight);
+    }
+
     // ---- norms ----------------------------------------------------------------------------------------------------------
 
     @Override

@@ -1,11 +1,13 @@
 package dev.tandem.training;
 
+import dev.tandem.device.CublasLt;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.KernelModule;
 import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.KernelModule.Source;
+import dev.tandem.device.LargeProducts;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Norm;
 import dev.tandem.model.RotaryTables;
@@ -13,7 +15,7 @@ import java.util.List;
 import java.util.Map;
 import org.jspecify.annotations.Nullable;
 
-/** Tandem's kernels for training a model on a GPU, the tables they read, and the attention beside them. The owner closes it. */
+/** Tandem's kernels for training a model on a GPU, the tables they read, and the products and the attention beside them. The owner closes it. */
 final class TrainingKernels implements AutoCloseable {
     private static final int MOST_RETAINED = 4768;
 
@@ -36,6 +38,8 @@ final class TrainingKernels implements AutoCloseable {
     final Kernel scaleRows;
     final @Nullable RotaryTables rotary;
     final AttentionChoice attention;
+    private final CublasLt cublas;
+    final LargeProducts products;
     /** Blocks that share a row of logits. */
     final int rowBlocks;
     /** Vectors of four logits that a block keeps in its shared memory. */
@@ -93,10 +97,14 @@ final class TrainingKernels implements AutoCloseable {
         scaleRows = modules.get(3).kernel("scaleRows");
         rotary = RotaryTables.of(config, device);
         attention = new AttentionChoice(config, device);
+        cublas = new CublasLt(device);
+        products = new LargeProducts(device, cublas);
     }
 
     @Override
     public void close() {
+        products.close();
+        cublas.close();
         attention.close();
         modules.forEach(KernelModule::close);
         if (rotary != null) {
