@@ -15,7 +15,10 @@ public final class KernelModule implements AutoCloseable {
     private static @org.jspecify.annotations.Nullable Nvrtc compiler;
 
     private final long module;
-    /** From Hopper on, kernels wait for their predecessor themselves: see followPredecessor in common.cuh. */
+    /**
+     * From Hopper on, kernels wait for their predecessor themselves: see followPredecessor in common.cuh. To look for an error, it may help
+     * that they run one after the other.
+     */
     private final boolean early;
 
     private boolean closed;
@@ -53,7 +56,8 @@ public final class KernelModule implements AutoCloseable {
         List<byte[]> codes = sources.parallelStream()
                 .map(source -> new KernelSource(source.file, source.macros).compile(nvrtc, architecture))
                 .toList();
-        boolean early = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) >= 9;
+        boolean early = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) >= 9
+                && Boolean.parseBoolean(System.getProperty("dev.tandem.earlyLaunches", "true"));
         List<KernelModule> modules = new ArrayList<>();
         try {
             codes.forEach(code -> modules.add(new KernelModule(code, early)));
