@@ -199,7 +199,7 @@ final class CudaExecutor implements StepExecutor {
             graph = fastest(size);
             graphs.put(size, graph);
         }
-        graph.launch(device);
+        graph.launch();
     }
 
     /** Captures a step of that many rows in the way to multiply that is the fastest. */
