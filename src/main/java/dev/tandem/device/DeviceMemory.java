@@ -39,12 +39,12 @@ public final class DeviceMemory {
     }
 
     /**
-     * {@return bytes of a device that could still be had: on the CPU what the machine has available, on a GPU what is free and what
+     * {@return bytes of a device that could still be had: on the CPU what the machine, or a container's limit, leaves, on a GPU what is free and what
      * libtorch caches; {@link Long#MAX_VALUE} when that is not known}
      */
     public static long available(Device device) {
         if (device.isCpu()) {
-            return ProcessMemory.available();
+            return ProcessMemory.touchable();
         }
         Cuda.Allocator libtorch = Cuda.allocator(device);
         return Cuda.free(device) + libtorch.reserved() - libtorch.allocated();

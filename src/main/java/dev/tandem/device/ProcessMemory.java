@@ -12,22 +12,24 @@ public final class ProcessMemory {
     private static final Path STATUS = Path.of("/proc/self/status");
     private static final Path CLEAR = Path.of("/proc/self/clear_refs");
     private static final Path MACHINE = Path.of("/proc/meminfo");
+    /** What a container's memory is used for; under the first name or, in older systems, the second. */
+    private static final List<Path> CONTAINER = List.of(Path.of("/sys/fs/cgroup/memory.stat"), Path.of("/sys/fs/cgroup/memory/memory.stat"));
 
     private ProcessMemory() {}
 
     /** {@return resident bytes now} */
     public static long resident() {
-        return kibibytes(STATUS, "VmRSS:") << 10;
+        return number(STATUS, "VmRSS:") << 10;
     }
 
     /** {@return the most resident bytes since the start or the last {@link #resetPeak}} */
     public static long peak() {
-        return kibibytes(STATUS, "VmHWM:") << 10;
+        return number(STATUS, "VmHWM:") << 10;
     }
 
     /** {@return bytes that the machine could still give out, or {@link Long#MAX_VALUE} when that is not known} */
     public static long available() {
-        long known = kibibytes(MACHINE, "MemAvailable:") << 10;
+        long known = number(MACHINE, "MemAvailable:") << 10;
         return known == 0 ? Long.MAX_VALUE : known;
     }
 
@@ -37,10 +39,14 @@ public final class ProcessMemory {
      * the GPU's driver is not subject.
      */
     static long touchable() {
-        long machine = kibibytes(MACHINE, "MemTotal:") << 10;
+        long machine = number(MACHINE, "MemTotal:") << 10;
         OperatingSystemMXBean system = ManagementFactory.getPlatformMXBean(OperatingSystemMXBean.class);
-        // Without a limit the system's count of free memory leaves out what it could take from its caches.
-        return system.getTotalMemorySize() < machine ? Math.min(available(), system.getFreeMemorySize()) : available();
+        if (system.getTotalMemorySize() >= machine) {
+            return available();
+        }
+        // What a container has free leaves out the files that are cached for it, which make way.
+        long cached = CONTAINER.stream().mapToLong(file -> number(file, "active_file ") + number(file, "inactive_file ")).max().orElse(0);
+        return Math.min(available(), system.getFreeMemorySize() + cached);
     }
 
     /** Begins to measure the peak anew, where the system allows it. */
@@ -53,7 +59,8 @@ public final class ProcessMemory {
         }
     }
 
-    private static long kibibytes(Path file, String key) {
+    /** {@return the number behind a word, or 0 when there is none} */
+    private static long number(Path file, String key) {
         try {
             List<String> lines = Files.readAllLines(file);
             for (String line : lines) {
