@@ -51,11 +51,7 @@ public final class KernelModule implements AutoCloseable {
      */
     public static List<KernelModule> load(Device device, List<Source> sources) {
         Cuda.use(device);
-        Nvrtc nvrtc = compiler();
-        String architecture = architecture(device);
-        List<byte[]> codes = sources.parallelStream()
-                .map(source -> new KernelSource(source.file, source.macros).compile(nvrtc, architecture))
-                .toList();
+        List<byte[]> codes = sources.parallelStream().map(source -> compile(device, source)).toList();
         boolean early = CudaDriver.attribute(device.index(), CudaDriver.CAPABILITY_MAJOR) >= 9
                 && Boolean.parseBoolean(System.getProperty("dev.tandem.earlyLaunches", "true"));
         List<KernelModule> modules = new ArrayList<>();
@@ -66,6 +62,11 @@ public final class KernelModule implements AutoCloseable {
             modules.forEach(KernelModule::close);
             throw e;
         }
+    }
+
+    /** {@return the machine code of a source for a device} */
+    static byte[] compile(Device device, Source source) {
+        return new KernelSource(source.file, source.macros).compile(compiler(), architecture(device));
     }
 
     private static Nvrtc compiler() {

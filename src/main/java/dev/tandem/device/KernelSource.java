@@ -12,6 +12,7 @@ import java.util.HexFormat;
 import java.util.List;
 import java.util.Map;
 import java.util.TreeMap;
+import java.util.concurrent.ConcurrentHashMap;
 import java.util.regex.Pattern;
 
 /**
@@ -26,6 +27,8 @@ import java.util.regex.Pattern;
  */
 record KernelSource(String name, Map<String, String> macros) {
     private static final System.Logger LOG = System.getLogger(KernelSource.class.getName());
+    /** For each file of machine code a lock, so that two who want it compile it once. */
+    private static final Map<Path, Object> LOCKS = new ConcurrentHashMap<>();
     private static final Pattern INCLUDE = Pattern.compile("(?m)^#include \"([^\"]+)\"");
 
     private static final List<String> TIMED = List.of("common.cuh", "hopper.cuh", "vectors.cuh", "rotation.cuh", "decode_product.cu",
@@ -62,12 +65,19 @@ record KernelSource(String name, Map<String, String> macros) {
         include(text, headers);
         List<String> options = new TreeMap<>(macros).entrySet().stream().map(e -> "-D" + e.getKey() + "=" + e.getValue()).toList();
         Path file = cache().resolve(hash(text, headers.toString(), architecture, compiler.version(), options.toString()) + ".cubin");
-        try {
-            return Files.readAllBytes(file);
-        } catch (IOException e) {
-            LOG.log(System.Logger.Level.DEBUG, "compiling {0} {1} for {2}", name, options, architecture);
+        synchronized (LOCKS.computeIfAbsent(file, absent -> new Object())) {
+            try {
+                return Files.readAllBytes(file);
+            } catch (IOException e) {
+                LOG.log(System.Logger.Level.DEBUG, "compiling {0} {1} for {2}", name, options, architecture);
+            }
+            byte[] code = compiler.compile(name, text, headers, architecture, options);
+            keep(code, file);
+            return code;
         }
-        byte[] code = compiler.compile(name, text, headers, architecture, options);
+    }
+
+    private static void keep(byte[] code, Path file) {
         try {
             Files.createDirectories(file.getParent());
             Path part = Files.createTempFile(file.getParent(), "kernel", ".part");
@@ -76,7 +86,6 @@ record KernelSource(String name, Map<String, String> macros) {
         } catch (IOException e) {
             LOG.log(System.Logger.Level.DEBUG, "compiled kernels cannot be kept in {0}: {1}", file.getParent(), e.getMessage());
         }
-        return code;
     }
 
     /** Collects the headers that a text includes, and those that they include. */

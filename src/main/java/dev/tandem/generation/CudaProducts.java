@@ -8,6 +8,7 @@ import dev.tandem.device.LargeProducts;
 import dev.tandem.device.TandemException;
 import dev.tandem.device.Tensor;
 import dev.tandem.generation.HopperProducts.Kind;
+import dev.tandem.generation.HopperProducts.Size;
 import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.ParameterRole;
@@ -18,7 +19,7 @@ import java.util.Deque;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
-import java.util.Objects;
+import java.util.stream.IntStream;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -31,6 +32,10 @@ import org.jspecify.annotations.Nullable;
 final class CudaProducts implements AutoCloseable {
     private static final System.Logger LOG = System.getLogger(CudaProducts.class.getName());
 
+    /** Products are timed over weights of so many bytes, more than twice what an H200's cache holds, and over at least so many. */
+    private static final long TIMED_BYTES = 128L << 20;
+    private static final int LEAST_TIMED = 4;
+
     private final Device device;
     private final WeightArena arena;
     private final ModelConfig config;
@@ -39,6 +44,13 @@ final class CudaProducts implements AutoCloseable {
     private final CublasLt cublas;
     /** Of steps with prompts. */
     final LargeProducts large;
+    private final Operands qkv;
+    private final Operands output;
+    private final Operands widen;
+    private final Operands narrow;
+    private final Operands head;
+    /** Of the widening product with the activation. */
+    private final Operands gated;
     private final @Nullable HopperProducts hopper;
     private final Map<Integer, List<Way>> ways = new HashMap<>();
     private final Deque<Runnable> owned = new ArrayDeque<>();
@@ -70,6 +82,9 @@ final class CudaProducts implements AutoCloseable {
         }
     }
 
+    /** A product's sizes, what it reads and writes, and enough of its weights that no cache holds them. */
+    private record Operands(Size size, Tensor x, long[] weights, Tensor out) {}
+
     /** What the products read and write. */
     record Buffers(Tensor normed, Tensor qkv, Tensor attended, Tensor projected, Tensor widened, Tensor activated, Tensor hidden,
             Tensor logits) {}
@@ -88,11 +103,36 @@ final class CudaProducts implements AutoCloseable {
         owned.push(cublas::close);
         large = new LargeProducts(device, cublas);
         owned.push(large::close);
+        int width = config.hiddenSize();
+        int inner = config.intermediateSize();
+        qkv = operands(Kind.PLAIN, allHeads(), width, buffers.normed, ParameterRole.Q_WEIGHT, buffers.qkv);
+        output = operands(Kind.PLAIN, width, attended(), buffers.attended, ParameterRole.O_WEIGHT, buffers.projected);
+        widen = operands(Kind.PLAIN, widened(), width, buffers.normed, widenRole(config), buffers.widened);
+        gated = operands(Kind.GATED, inner, width, buffers.normed, widenRole(config), buffers.activated);
+        narrow = operands(Kind.PLAIN, width, inner, buffers.activated, ParameterRole.DOWN_WEIGHT, buffers.projected);
+        head = new Operands(new Size(Kind.FLOAT, config.vocabSize(), width), buffers.hidden, new long[] {arena.logitMatrix().address()},
+                buffers.logits);
         HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device, config, options) : null;
         if (own != null) {
             owned.push(own::close);
+            List<Size> sizes = new ArrayList<>(List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
+            if (HopperProducts.rotates(config.headDim())) {
+                sizes.add(rotatedSize());
+            }
+            owned.push(own.compileAhead(sizes, options.maxRunning())::close);
         }
         hopper = own;
+    }
+
+    private Operands operands(Kind kind, int n, int k, Tensor x, ParameterRole role, Tensor out) {
+        long bytes = (long) DType.BFLOAT16.bytes() * n * k;
+        int layers = (int) Math.min(config.layers(), Math.max(LEAST_TIMED, Math.ceilDiv(TIMED_BYTES, bytes)));
+        long[] weights = IntStream.range(0, layers).mapToLong(layer -> arena.layer(layer).weight(role).address()).toArray();
+        return new Operands(new Size(kind, n, k), x, weights, out);
+    }
+
+    private Size rotatedSize() {
+        return new Size(Kind.ROTATED, allHeads(), config.hiddenSize());
     }
 
     /**
@@ -112,7 +152,7 @@ final class CudaProducts implements AutoCloseable {
                 found.add(fewRows(rows, true));
                 found.add(fewRows(rows, false));
             } else if (hopper != null) {
-                hopper(rows, byCublas, found);
+                hopper(hopper, rows, byCublas, found);
             }
         } catch (TandemException e) {
             LOG.log(System.Logger.Level.WARNING, "multiplying {0} rows by cuBLAS alone: {1}", rows, e.getMessage());
@@ -151,73 +191,53 @@ final class CudaProducts implements AutoCloseable {
     }
 
     private Timed timed(int rows) {
-        int width = config.hiddenSize();
-        return new Timed(
-                timed(rows, allHeads(), width, buffers.normed, weights(ParameterRole.Q_WEIGHT), buffers.qkv, DType.BFLOAT16),
-                timed(rows, width, attended(), buffers.attended, weights(ParameterRole.O_WEIGHT), buffers.projected, DType.BFLOAT16),
-                timed(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, DType.BFLOAT16),
-                timed(rows, width, config.intermediateSize(), buffers.activated, weights(ParameterRole.DOWN_WEIGHT), buffers.projected,
-                        DType.BFLOAT16),
-                timed(rows, config.vocabSize(), width, buffers.hidden, logitMatrix(), buffers.logits, DType.FLOAT32));
+        return new Timed(timed(rows, qkv), timed(rows, output), timed(rows, widen), timed(rows, narrow), timed(rows, head));
     }
 
-    private CublasLt.Product timed(int rows, int n, int k, Tensor x, long[] weights, Tensor out, DType type) {
-        CublasLt.Product product = cublas.tune(rows, rows, Shape.forward(n, k, out.size(1), type), x.address(), weights, out.address());
+    private CublasLt.Product timed(int rows, Operands of) {
+        Shape shape = Shape.forward(of.size.n(), of.size.k(), of.out.size(1), of.out.dtype());
+        CublasLt.Product product = cublas.tune(rows, like(rows), shape, of.x.address(), of.weights, of.out.address());
         owned.push(product::close);
         return product;
+    }
+
+    /** {@return the number of rows for which, and for fewer, the same algorithm of cuBLAS's is taken} */
+    private static int like(int rows) {
+        return rows <= 128 ? Math.max(8, Integer.highestOneBit(2 * rows - 1)) : Math.ceilDiv(rows, 64) * 64;
     }
 
     /**
      * Product by product the faster of Tandem's and cuBLAS's; in both forms the widening one, which may apply the activation, and that of
      * queries, keys and values, which may rotate.
      */
-    private void hopper(int rows, Timed byCublas, List<Way> found) {
-        int width = config.hiddenSize();
-        QkvProduct qkv = QkvProduct.of(
-                faster(rows, allHeads(), width, buffers.normed, weights(ParameterRole.Q_WEIGHT), buffers.qkv, byCublas.qkv));
-        Product output =
-                faster(rows, width, attended(), buffers.attended, weights(ParameterRole.O_WEIGHT), buffers.projected, byCublas.output);
-        Product narrow = faster(rows, width, config.intermediateSize(), buffers.activated, weights(ParameterRole.DOWN_WEIGHT),
-                buffers.projected, byCublas.narrow);
-        Product head = faster(rows, config.vocabSize(), width, buffers.hidden, logitMatrix(), buffers.logits, byCublas.head);
+    private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
+        QkvProduct byQkv = QkvProduct.of(faster(own, rows, qkv, byCublas.qkv));
+        Product byOutput = faster(own, rows, output, byCublas.output);
+        Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
+        Product byHead = faster(own, rows, head, byCublas.head);
         if (activates()) {
-            HopperProducts.Product gated = tune(Kind.GATED, rows, config.intermediateSize(), width, buffers.normed,
-                    weights(ParameterRole.GATE_WEIGHT), buffers.activated);
+            HopperProducts.Product byGated = tune(own, rows, gated);
             // Its result goes where the activation's would.
-            found.add(new Way(qkv, false, output, (x, weight, out) -> gated.run(x, weight, buffers.activated.address()), true, narrow,
-                    head));
-            found.add(new Way(qkv, false, output, byCublas.widen::run, false, narrow, head));
+            found.add(new Way(byQkv, false, byOutput, (x, weight, out) -> byGated.run(x, weight, buffers.activated.address()), true,
+                    byNarrow, byHead));
+            found.add(new Way(byQkv, false, byOutput, byCublas.widen::run, false, byNarrow, byHead));
         } else {
-            Product widen = faster(rows, widened(), width, buffers.normed, weights(widenRole(config)), buffers.widened, byCublas.widen);
-            found.add(new Way(qkv, false, output, widen, false, narrow, head));
+            found.add(new Way(byQkv, false, byOutput, faster(own, rows, widen, byCublas.widen), false, byNarrow, byHead));
         }
         if (HopperProducts.rotates(config.headDim())) {
-            HopperProducts.Product rotated = Objects.requireNonNull(hopper)
-                    .tune(rows, allHeads(), width, buffers.normed.address(), weights(ParameterRole.Q_WEIGHT), rotation::arguments);
+            HopperProducts.Product rotated = own.tune(rotatedSize(), rows, qkv.x.address(), qkv.weights, rotation::arguments);
             List<Way> others = List.copyOf(found.subList(1, found.size()));
             others.forEach(way -> found.add(way.rotating((layer, x, weight, out) -> rotated.rotate(x, weight, rotation.arguments(layer)))));
         }
     }
 
-    private Product faster(int rows, int n, int k, Tensor x, long[] weights, Tensor out, CublasLt.Product byCublas) {
-        HopperProducts.Product own = tune(out.dtype() == DType.FLOAT32 ? Kind.FLOAT : Kind.PLAIN, rows, n, k, x, weights, out);
-        return own.milliseconds() < byCublas.milliseconds() ? own : byCublas::run;
+    private static Product faster(HopperProducts own, int rows, Operands of, CublasLt.Product byCublas) {
+        HopperProducts.Product product = tune(own, rows, of);
+        return product.milliseconds() < byCublas.milliseconds() ? product : byCublas::run;
     }
 
-    private HopperProducts.Product tune(Kind kind, int rows, int n, int k, Tensor x, long[] weights, Tensor out) {
-        return Objects.requireNonNull(hopper).tune(kind, rows, n, k, x.address(), weights, out.address(), out.size(1));
-    }
-
-    private long[] weights(ParameterRole role) {
-        long[] addresses = new long[config.layers()];
-        for (int layer = 0; layer < addresses.length; layer++) {
-            addresses[layer] = arena.layer(layer).weight(role).address();
-        }
-        return addresses;
-    }
-
-    private long[] logitMatrix() {
-        return new long[] {arena.logitMatrix().address()};
+    private static HopperProducts.Product tune(HopperProducts own, int rows, Operands of) {
+        return own.tune(of.size, rows, of.x.address(), of.weights, of.out.address(), of.out.size(1));
     }
 
     private boolean activates() {

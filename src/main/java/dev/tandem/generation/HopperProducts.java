@@ -1,5 +1,6 @@
 package dev.tandem.generation;
 
+import dev.tandem.device.AheadCompiler;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.CudaGraph;
 import dev.tandem.device.Device;
@@ -14,9 +15,11 @@ import java.lang.foreign.Arena;
 import java.util.ArrayList;
 import java.util.Comparator;
 import java.util.HashMap;
+import java.util.LinkedHashSet;
 import java.util.List;
 import java.util.Map;
 import java.util.Objects;
+import java.util.Set;
 import java.util.TreeMap;
 import java.util.TreeSet;
 import java.util.function.IntFunction;
@@ -235,18 +238,45 @@ final class HopperProducts implements AutoCloseable {
         }
     }
 
+    /** The sizes of a weight that products of one kind multiply with, as {@link #tune} takes them. */
+    record Size(Kind kind, int n, int k) {}
+
+    /** {@return what compiles in the background the variants that products of these sizes with up to so many rows will be timed with} */
+    AheadCompiler compileAhead(List<Size> sizes, int maxRows) {
+        Set<Source> sources = new LinkedHashSet<>();
+        // The largest first: a rollout begins with them.
+        TreeSet<Integer> counts = new TreeSet<>(List.of(maxRows));
+        for (int rows : CLASSES) {
+            counts.add(Math.min(rows, next(CLASSES, maxRows)));
+        }
+        for (int rows : counts.descendingSet()) {
+            for (Size size : sizes) {
+                if (choices.find(question(size, next(CLASSES, rows))) == null) {
+                    candidates(size.kind, Math.max(rows, next(CLASSES, rows)), size.n, size.k)
+                            .forEach(variant -> sources.add(source(variant, size.kind)));
+                }
+            }
+        }
+        return new AheadCompiler(device, List.copyOf(sources));
+    }
+
+    /** {@return under what the fastest variant is kept} */
+    private String question(Size size, int rows) {
+        String heads = size.kind == Kind.ROTATED ? " " + new TreeMap<>(shape) : "";
+        return "product " + size.kind + " " + rows + " " + size.n + " " + size.k + heads;
+    }
+
     /**
-     * {@return a product of these sizes, by the variant that is fastest}
+     * {@return a product of a size, by the variant that is fastest}
      *
-     * @param n columns of the result; a multiple of 8 when gated
-     * @param k a multiple of 8
+     * @param size of which n are the columns of the result, a multiple of 8 when gated, and k is a multiple of 8
      * @param x address of rows [rows, k]
      * @param weights addresses of matrices [n, k], [2 n, k] when gated, that are used in turn
      * @param out address of a result to overwrite
      * @param stride elements from one row of the result to the next
      */
-    Product tune(Kind kind, int rows, int n, int k, long x, long[] weights, long out, long stride) {
-        return tune(kind, rows, n, k, stride, weights.length, (product, i) -> product.run(x, weights[i], out));
+    Product tune(Size size, int rows, long x, long[] weights, long out, long stride) {
+        return tune(size, rows, stride, weights.length, (product, i) -> product.run(x, weights[i], out));
     }
 
     /**
@@ -255,19 +285,21 @@ final class HopperProducts implements AutoCloseable {
      *
      * @param rotation of each weight the arguments for {@link Product#rotate}
      */
-    Product tune(int rows, int n, int k, long x, long[] weights, IntFunction<Object[]> rotation) {
-        return tune(Kind.ROTATED, rows, n, k, 0, weights.length, (product, i) -> product.rotate(x, weights[i], rotation.apply(i)));
+    Product tune(Size size, int rows, long x, long[] weights, IntFunction<Object[]> rotation) {
+        return tune(size, rows, 0, weights.length, (product, i) -> product.rotate(x, weights[i], rotation.apply(i)));
     }
 
-    private Product tune(Kind kind, int rows, int n, int k, long stride, int weights, ObjIntConsumer<Product> launch) {
-        int size = next(CLASSES, rows);
-        String heads = kind == Kind.ROTATED ? " " + new TreeMap<>(shape) : "";
-        String question = "product " + kind + " " + size + " " + n + " " + k + heads;
+    private Product tune(Size size, int rows, long stride, int weights, ObjIntConsumer<Product> launch) {
+        Kind kind = size.kind;
+        int n = size.n;
+        int k = size.k;
+        int like = next(CLASSES, rows);
+        String question = question(size, like);
         Choice known = Choice.read(choices.find(question), kind, headDim);
         if (known != null) {
             return new Product(known, kind, rows, n, k, stride);
         }
-        List<Variant> candidates = candidates(kind, Math.max(rows, size), n, k);
+        List<Variant> candidates = candidates(kind, Math.max(rows, like), n, k);
         compile(candidates.stream().map(variant -> source(variant, kind)).toList());
         Choice best = null;
         for (Variant variant : candidates) {
