@@ -196,14 +196,9 @@ final class CudaProducts implements AutoCloseable {
 
     private CublasLt.Product timed(int rows, Operands of) {
         Shape shape = Shape.forward(of.size.n(), of.size.k(), of.out.size(1), of.out.dtype());
-        CublasLt.Product product = cublas.tune(rows, like(rows), shape, of.x.address(), of.weights, of.out.address());
+        CublasLt.Product product = cublas.tune(rows, HopperProducts.like(rows), shape, of.x.address(), of.weights, of.out.address());
         owned.push(product::close);
         return product;
-    }
-
-    /** {@return the number of rows for which, and for fewer, the same algorithm of cuBLAS's is taken} */
-    private static int like(int rows) {
-        return rows <= 128 ? Math.max(8, Integer.highestOneBit(2 * rows - 1)) : Math.ceilDiv(rows, 64) * 64;
     }
 
     /**

@@ -24,6 +24,7 @@ import java.util.TreeMap;
 import java.util.TreeSet;
 import java.util.function.IntFunction;
 import java.util.function.ObjIntConsumer;
+import java.util.stream.IntStream;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -32,13 +33,13 @@ import org.jspecify.annotations.Nullable;
  * Below some 200 rows it beats cuBLAS.
  *
  * <p>The kernel comes in variants. Of those that a rough count of cycles favours, each is timed once for a size, over weights that are not
- * in the cache, and the fastest is kept for the life of the process. Confined to its rank's thread. The owner closes it.
+ * in the cache, and the fastest is kept in the {@link TuningCache}. Confined to its rank's thread. The owner closes it.
  */
 final class HopperProducts implements AutoCloseable {
     /** Rows of a tile, as the kernel knows them. */
     private static final int[] TILE_ROWS = {16, 32, 64, 96, 128, 192, 256};
 
-    /** For these many rows variants are chosen; other numbers take the next larger one's. */
+    /** For these many rows, and beyond for multiples of 64, variants are chosen. */
     private static final int[] CLASSES = {16, 64, 128, 192, 256};
 
     private static final int CANDIDATES = 4;
@@ -245,15 +246,10 @@ final class HopperProducts implements AutoCloseable {
     AheadCompiler compileAhead(List<Size> sizes, int maxRows) {
         Set<Source> sources = new LinkedHashSet<>();
         // The largest first: a rollout begins with them.
-        TreeSet<Integer> counts = new TreeSet<>(List.of(maxRows));
-        for (int rows : CLASSES) {
-            counts.add(Math.min(rows, next(CLASSES, maxRows)));
-        }
-        for (int rows : counts.descendingSet()) {
+        for (int rows : IntStream.iterate(maxRows, i -> i - 1).limit(maxRows).map(HopperProducts::like).distinct().toArray()) {
             for (Size size : sizes) {
-                if (choices.find(question(size, next(CLASSES, rows))) == null) {
-                    candidates(size.kind, Math.max(rows, next(CLASSES, rows)), size.n, size.k)
-                            .forEach(variant -> sources.add(source(variant, size.kind)));
+                if (choices.find(question(size, rows)) == null) {
+                    candidates(size.kind, rows, size.n, size.k).forEach(variant -> sources.add(source(variant, size.kind)));
                 }
             }
         }
@@ -293,13 +289,12 @@ final class HopperProducts implements AutoCloseable {
         Kind kind = size.kind;
         int n = size.n;
         int k = size.k;
-        int like = next(CLASSES, rows);
-        String question = question(size, like);
+        String question = question(size, like(rows));
         Choice known = Choice.read(choices.find(question), kind, headDim);
         if (known != null) {
             return new Product(known, kind, rows, n, k, stride);
         }
-        List<Variant> candidates = candidates(kind, Math.max(rows, like), n, k);
+        List<Variant> candidates = candidates(kind, like(rows), n, k);
         compile(candidates.stream().map(variant -> source(variant, kind)).toList());
         Choice best = null;
         for (Variant variant : candidates) {
@@ -344,6 +339,11 @@ final class HopperProducts implements AutoCloseable {
         found.removeIf(variant -> !variant.possible(kind, headDim));
         found.sort(Comparator.comparingDouble(variant -> cycles(variant, kind, rows, n, k)));
         return found.subList(0, Math.min(CANDIDATES, found.size()));
+    }
+
+    /** {@return the number of rows, at least these, whose products are the model for those of these} */
+    static int like(int rows) {
+        return rows <= CLASSES[CLASSES.length - 1] ? next(CLASSES, rows) : Math.ceilDiv(rows, 64) * 64;
     }
 
     private static int next(int[] values, int least) {
