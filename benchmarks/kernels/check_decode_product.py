@@ -168,6 +168,8 @@ class Product:
         self.held = [tensorMap(x.data_ptr(), (k, x.shape[0]), (2 * k,), (64, v.rows)), weightMap, ctypes.c_uint64(out.data_ptr()),
                      ctypes.c_int32(rows), ctypes.c_int32(k), ctypes.c_int32(n),
                      (ctypes.c_int64 if name == 'multiplyToFloat' else ctypes.c_int32)(out.stride(0))]
+        if name == 'multiplyGated':  # no norm
+            self.held += [ctypes.c_uint64(0), ctypes.c_int32(0), ctypes.c_float(0)]
         self.pointers = (ctypes.c_void_p * len(self.held))(*[ctypes.addressof(h) for h in self.held])
 
     def launch(self, dependent=False):

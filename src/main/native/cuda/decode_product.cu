@@ -27,6 +27,10 @@
 // brought to the L2 cache, and vectors are loaded to registers while the cluster exchanges sums. This kernel admits its successor only
 // once its predecessor is complete, as decode attention, which follows, reads what kernels before this one wrote without waiting.
 //
+// The RMS norm before a product costs no kernel. multiplyAdded, the product before it, adds its result to the residual stream, multiplies
+// the sum by the norm's weight, and leaves sums of squares of 64 columns each; the product after it takes these rows, and multiplies its
+// own sums by the row's factor, which idle warps compute meanwhile (RowNorm). Partial sums are added in the order of columns.
+//
 // Layouts, row-major: weight [n][k] (multiplyGated [2 n][k], the gates first, n a multiple of 8), x [rows or more][k], both
 // aligned to 16 bytes, k a multiple of 8; out [rows][outStride], of which n columns are written. multiplyRotated: see there.
 //
@@ -40,7 +44,8 @@
 // Grid: SPLIT > 1: SPLIT * tiles, in clusters of SPLIT CTAs (the kernel's attribute; the launch needs none);
 //       SPLIT 1: ceil(tiles / ceil(tiles / resident)), resident = CTAs that the device holds at a time.
 // Dynamic shared memory, with E = SPLIT > 1 ? SPLIT * ceil(ROWS / 8 / SPLIT) * 32 * TILE : 0:
-//   1024 + max(STAGES * (TILE + ROWS) * 128, E) + TILE / 64 * 9216, in multiplyRotated + 128 * ceil(ROWS / 8 / SPLIT),
+//   1024 + max(STAGES * (TILE + ROWS) * 128, E) + TILE / 64 * 9216, in multiplyRotated + 192 * ceil(ROWS / 8 / SPLIT), in multiplyGated
+//   + 64 * ceil(ROWS / 8 / SPLIT),
 // at most 232448 - 256. rows may exceed ROWS (several tiles of rows).
 //
 // With the macros HEAD_DIM (64, or 128 where TILE is), HEADS, KV_HEADS and BLOCK_SIZE there is multiplyRotated, and nothing else.
@@ -100,6 +105,37 @@ DEVICE void storeTransposed(bf16* to, const float (&v)[4]) {
 // Threads of which each arrives at one of the named barriers; 0 is that of __syncthreads.
 DEVICE void meet(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
 
+// The norm of the rows of x, which come times its weight but not times its factor: that is one number for a row, and multiplies its sums.
+struct RowNorm {
+    const float* squares;  // [width / 64][stride]: of each row the sums of squares of 64 columns each; null: there is no norm
+    int stride;
+    float epsilon;
+    int width;
+
+    // The factors of `count` rows. The caller is one of `threads`.
+    METHOD void prepare(float* factors, int thread, int threads, int count, int firstRow, int endRow) const {
+        if (squares) {
+            for (int i = thread; i < count; i += threads) {
+                float sum = 0.0f;
+                if (firstRow + i < endRow) {
+                    _Pragma("unroll 8") for (int part = 0; part < width / 64; part++) {
+                        sum += squares[(long long) part * stride + firstRow + i];
+                    }
+                }
+                factors[i] = rsqrtf(sum / width + epsilon);
+            }
+        }
+    }
+
+    // Four sums of an octet of rows, as a lane has them; `factors` are the octet's.
+    METHOD void apply(float (&v)[4], const float* factors) const {
+        if (squares) {
+            float2 f = *reinterpret_cast<const float2*>(factors + threadIdx.x % 4 * 2);
+            v[0] *= f.x, v[1] *= f.y, v[2] *= f.x, v[3] *= f.y;
+        }
+    }
+};
+
 #ifndef HEAD_DIM
 
 DEVICE float gated(float gate, float up) {
@@ -112,13 +148,18 @@ struct Output {
     T* out;
     long long stride;
     int n;
+    RowNorm norm;  // where GATED
 
-    static const bool PAIRS = GATED, ROTATES = false;
+    static const bool PAIRS = GATED, ROTATES = false, PREPARES = GATED;
     static const int COLUMNS = GATED ? 32 : 64, PITCH = COLUMNS + 16 / sizeof(T), BATCH = 32 * 2 / sizeof(T);
     static_assert(BATCH * PITCH * sizeof(T) <= STAGING, "buffer");
 
     struct Ahead {};
     METHOD Ahead ask(const int2*, int) const { return {}; }
+
+    METHOD void prepare(int2*, float* factors, int thread, int threads, int count, int firstRow, int endRow) const {
+        norm.prepare(factors, thread, threads, count, firstRow, endRow);
+    }
 
     // Eight rows of the warp's 16 weight rows, transposed.
     METHOD void stage(T* buffer, int row, const float (&v)[4]) const {
@@ -170,6 +211,87 @@ struct Output {
     }
 };
 
+// To the residual stream, and on to the norm that follows. n is a multiple of 64.
+struct Residual {
+    bf16* residual;        // [rows][n]
+    int n;
+    const bf16* weight;    // of the norm, [n]; null: there is none, and what follows is not written
+    bf16* scaled;          // [rows][n], the new residual times the norm's weight
+    float* squares;        // [n / 64][squaresStride], sums of squares of the new residual
+    int squaresStride;
+
+    static const bool PAIRS = false, ROTATES = false, PREPARES = false;
+    static const int COLUMNS = 64, PITCH = COLUMNS + 8, BATCH = 32, STEP = 16;
+    static_assert(BATCH * PITCH * 2 <= STAGING, "buffer");
+
+    struct Ahead {};
+    METHOD Ahead ask(const int2*, int) const { return {}; }
+
+    template <int octets, typename Value>
+    METHOD void write(unsigned char* staging, const int2*, const Ahead&, int firstRow, int endRow, int firstColumn, Value value) const {
+        int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        int line = threadIdx.x % 128 / 8, column = firstColumn + threadIdx.x % 8 * 8;
+        int left = column < n ? min(endRow - firstRow, 8 * octets) - line : 0;
+        long long corner = (long long) (firstRow + line) * n + column;
+        uint4 next[BATCH / STEP];
+        auto ask = [&](int row) {
+            UNROLL for (int i = 0; i < BATCH / STEP; i++) {
+                int at = row + i * STEP;
+                next[i] = at < left ? load(residual + corner + (long long) at * n) : zeros();
+            }
+        };
+        ask(0);
+        uint4 scale = weight && left > 0 ? load(weight + column) : zeros();
+        meet(group + 1, 128);
+        UNROLL for (int first = 0; first < octets; first += BATCH / 8) {
+            bf16* buffer = reinterpret_cast<bf16*>(staging + (2 * group + first / (BATCH / 8) % 2) * STAGING);
+            UNROLL for (int i = first; i < first + BATCH / 8 && i < octets; i++) {
+                float v[4];
+                value(i, v);
+                storeTransposed(buffer + (8 * (i - first) + lane % 8) * PITCH + 16 * warp + lane / 8 % 2 * 8, v);
+            }
+            uint4 now[BATCH / STEP];
+            UNROLL for (int i = 0; i < BATCH / STEP; i++) {
+                now[i] = next[i];
+            }
+            if (first + BATCH / 8 < octets) {
+                ask(8 * first + BATCH);
+            }
+            // One barrier suffices, as in Output.
+            meet(group + 1, 128);
+            UNROLL for (int i = 0; i < BATCH / STEP; i++) {
+                int row = 8 * first + i * STEP;
+                bool present = row < left;
+                float x[8], w[8], sum = 0.0f;
+                unpack(x, now[i]);
+                if (present) {
+                    add(x, load(buffer + (line + i * STEP) * PITCH + threadIdx.x % 8 * 8));
+                }
+                UNROLL for (int j = 0; j < 8; j++) {
+                    sum += x[j] * x[j];
+                }
+                UNROLL for (int offset = 4; offset > 0; offset /= 2) {
+                    sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+                }
+                if (present) {
+                    long long at = corner + (long long) row * n;
+                    store(residual + at, pack(x));
+                    if (weight) {
+                        unpack(w, scale);
+                        UNROLL for (int j = 0; j < 8; j++) {
+                            w[j] *= x[j];
+                        }
+                        store(scaled + at, pack(w));
+                        if (lane % 8 == 0) {
+                            squares[(long long) (firstColumn / 64) * squaresStride + firstRow + line + row] = sum;
+                        }
+                    }
+                }
+            }
+        }
+    }
+};
+
 #else
 
 #include "rotation.cuh"
@@ -184,8 +306,9 @@ struct Rotation {
     int layer, layers;
     bf16* query;
     const int* tokenCount;
+    RowNorm norm;
 
-    static const bool PAIRS = false, ROTATES = true;
+    static const bool PAIRS = false, ROTATES = true, PREPARES = true;
     static const int COLUMNS = 64, PITCH = HEAD_DIM + 8, BATCH = 32;
     static const int TEAM = 2 * HEAD_DIM;  // threads that finish a head: those of its warpgroups
     static_assert(HEAD_DIM == 64 || HEAD_DIM == 128 && TILE == 128, "whole heads in a tile");
@@ -201,7 +324,8 @@ struct Rotation {
     };
 
     // The rows' positions, negative where nothing is to be written, and pages. For idle warps, of which the caller is one of `threads`.
-    METHOD void prepare(int2* places, int thread, int threads, int count, int firstRow, int endRow) const {
+    METHOD void prepare(int2* places, float* factors, int thread, int threads, int count, int firstRow, int endRow) const {
+        norm.prepare(factors, thread, threads, count, firstRow, endRow);
         int end = min(endRow, *tokenCount);
         for (int i = thread; i < count; i += threads) {
             int row = firstRow + i, slot = row < end ? slots[row] : -1, position = row < end ? positions[row] : 0;
@@ -319,7 +443,8 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
     u32 full = sharedAddress(barriers), empty = full + 8 * STAGES;
     u32 ring = (sharedAddress(memory) + 1023) & ~1023u;
     unsigned char* staging = memory + (ring - sharedAddress(memory)) + RING;
-    int2* places = reinterpret_cast<int2*>(staging + GROUPS * 2 * STAGING);  // Rotation's, twice
+    int2* places = reinterpret_cast<int2*>(staging + GROUPS * 2 * STAGING);                   // Rotation's, twice
+    float* factors = reinterpret_cast<float*>(places + (Result::ROTATES ? 2 * COUNT : 0));  // RowNorm's, twice
 
     int part = blockIdx.x % SPLIT, blocks = (k + BLOCK - 1) / BLOCK;
     int firstBlock = blocks * part / SPLIT, steps = blocks * (part + 1) / SPLIT - firstBlock;
@@ -385,10 +510,10 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
                 }
             }
         }
-        if constexpr (Result::ROTATES) {
+        if constexpr (Result::PREPARES) {
             int idle = threadIdx.x - CONSUMERS - 32;
             for (int tile = firstTile, half = 0; tile < tiles && idle >= 0; tile += stride, half ^= 1) {
-                result.prepare(places + half * COUNT, idle, 96, COUNT, finishedRow(tile), endRow(tile));
+                result.prepare(places + half * COUNT, factors + half * COUNT, idle, 96, COUNT, finishedRow(tile), endRow(tile));
                 if (SPLIT == 1) {
                     __syncwarp();
                     meet(GROUPS + 1, CONSUMERS + 96);  // the consumers are done with the other half
@@ -442,15 +567,21 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
         }
 
         int column = firstColumn(tile) + group * Result::COLUMNS, row = finishedRow(tile), end = endRow(tile);
+        auto normalised = [&](int i, float (&v)[4]) {
+            if constexpr (Result::PREPARES) {
+                result.norm.apply(v, factors + half * COUNT + 8 * i);
+            }
+        };
         if (SPLIT == 1) {
-            if (Result::ROTATES) {
-                meet(GROUPS + 1, CONSUMERS + 96);  // the places are there
+            if (Result::PREPARES) {
+                meet(GROUPS + 1, CONSUMERS + 96);  // places and factors are there
             }
             auto ahead = result.ask(places + half * COUNT, column);
             result.template write<OCTETS>(staging, places + half * COUNT, ahead, row, end, column, [&](int i, float (&v)[4]) {
                 UNROLL for (int j = 0; j < 4; j++) {
                     v[j] = c[i / (WIDTH / 8)][i % (WIDTH / 8) * 4 + j];
                 }
+                normalised(i, v);
             });
         } else {
             clusterSync();  // the products of all are complete, their rings free
@@ -470,6 +601,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
                     sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
                 }
                 v[0] = sum.x, v[1] = sum.y, v[2] = sum.z, v[3] = sum.w;
+                normalised(i, v);
             });
             return;
         }
@@ -500,22 +632,30 @@ KERNEL multiplyToFloat(const __grid_constant__ TensorMap x, const __grid_constan
     MULTIPLY((Output<float, false> {out, outStride, n}));
 }
 
-// out = silu(gate) * up.
+// out = silu(gate) * up. squares and what follows: RowNorm.
 KERNEL multiplyGated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
-                     int outStride) {
-    MULTIPLY((Output<bf16, true> {out, outStride, n}));
+                     int outStride, const float* squares, int squaresStride, float normEpsilon) {
+    MULTIPLY((Output<bf16, true> {out, outStride, n, {squares, squaresStride, normEpsilon, k}}));
+}
+
+// residual += x weight^T; see Residual.
+KERNEL multiplyAdded(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* residual, int rows, int k, int n,
+                     const bf16* norm, bf16* scaled, float* squares, int squaresStride) {
+    MULTIPLY((Residual {residual, n, norm, scaled, squares, squaresStride}));
 }
 
 #else
 
 // n = (HEADS + 2 * KV_HEADS) * HEAD_DIM: queries, keys and values of the tokens of a step, one in each row of x. What becomes of them is
-// written at rotateAndWrite (layer.cu), whose arguments these are. Rows from *tokenCount on and those of slot -1 write nothing.
+// written at rotateAndWrite (layer.cu), whose arguments these are. Rows from *tokenCount on and those of slot -1 write nothing. squares and
+// what follows: RowNorm.
 KERNEL multiplyRotated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, int rows, int k, int n,
                        const bf16* qkvBias, const bf16* queryNorm, const bf16* keyNorm, float epsilon, const float* cosine,
                        const float* sine, const int* positions, const int* tokenSlot, const int* blockTable, int maxBlocksPerSlot,
-                       bf16* kv, int layer, int layers, bf16* query, const int* tokenCount) {
+                       bf16* kv, int layer, int layers, bf16* query, const int* tokenCount, const float* squares, int squaresStride,
+                       float normEpsilon) {
     MULTIPLY((Rotation {qkvBias, queryNorm, keyNorm, epsilon, cosine, sine, positions, tokenSlot, blockTable, maxBlocksPerSlot, kv, layer,
-                        layers, query, tokenCount}));
+                        layers, query, tokenCount, {squares, squaresStride, normEpsilon, k}}));
 }
 
 #endif

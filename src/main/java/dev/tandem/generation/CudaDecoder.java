@@ -59,6 +59,8 @@ final class CudaDecoder implements AutoCloseable {
     private final Tensor widened;
     private final Tensor activated;
     private final Tensor hidden;
+    /** Of rows of the residual stream in a decoding step, by 64 columns each. */
+    private final Tensor squares;
     private final Tensor logits;
     /** Of the tokens of a decoding step. */
     private final Rotation decodeRotation;
@@ -128,6 +130,7 @@ final class CudaDecoder implements AutoCloseable {
             widened = buffer(tokens, config.intermediateSize() * (config.gatedMlp() ? 2L : 1L));
             activated = buffer(tokens, config.intermediateSize());
             hidden = buffer(maxRows, config.hiddenSize());
+            squares = own(Tensor.empty(device, DType.FLOAT32, config.hiddenSize() / 64, maxRows));
             logits = own(Tensor.zeros(device, DType.FLOAT32, maxRows, rowStride(config)));
             work = own(Tensor.zeros(device, DType.INT32, 8L * maxItems + 8));
             partials = own(Tensor.empty(device, DType.FLOAT32, (long) maxItems * heads * (dim + 4)));
@@ -139,7 +142,7 @@ final class CudaDecoder implements AutoCloseable {
             decodeRotation = rotation(tables, Field.ROW_POSITIONS, Field.ROW_SLOT);
             mixedRotation = rotation(tables, Field.POSITIONS, Field.TOKEN_SLOT);
             CudaProducts.Buffers buffers =
-                    new CudaProducts.Buffers(normed, qkv, attended, projected, widened, activated, hidden, logits);
+                    new CudaProducts.Buffers(residual, squares, normed, qkv, attended, projected, widened, activated, hidden, logits);
             products = new CudaProducts(device, arena, buffers, decodeRotation, options);
             owned.push(products::close);
         } catch (RuntimeException | Error e) {
@@ -215,7 +218,7 @@ final class CudaDecoder implements AutoCloseable {
         long activations = tokens * (3L * config.hiddenSize() + 3 * attention + keys + wide) + rows * config.hiddenSize();
         long items = maxItems(config, options.maxRunning());
         long floats = rows * rowStride(config) + items * config.heads() * (config.headDim() + 4L) + 8 * items + 8
-                + rows * config.kvHeads();
+                + rows * (config.kvHeads() + config.hiddenSize() / 64);
         long tables = config.positions() instanceof Positions.Rope ? (long) config.maxPositions() * config.headDim() : 0;
         return activations * DType.BFLOAT16.bytes() + (floats + tables) * Float.BYTES + CublasLt.WORKSPACE;
     }
@@ -256,11 +259,11 @@ final class CudaDecoder implements AutoCloseable {
     }
 
     /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight. */
-    private void multiply(CudaProducts.@Nullable Product by, Tensor x, Tensor weight, Tensor out, int rows) {
+    private void multiply(CudaProducts.@Nullable Product by, int layer, Tensor x, Tensor weight, Tensor out, int rows) {
         if (by == null) {
             products.large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows));
         } else {
-            by.run(x.address(), weight.address(), out.address());
+            by.run(layer, x.address(), weight.address(), out.address());
         }
     }
 
@@ -290,18 +293,23 @@ final class CudaDecoder implements AutoCloseable {
             for (int layer = 0; layer < config.layers(); layer++) {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
-                    norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
+                    boolean adds = by != null && by.adds();
+                    if (layer == 0 || !adds) {
+                        norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
+                    }
                     project(layer, w.weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
                     attend(layer, decodeRows, tiles);
-                    multiply(by == null ? null : by.output(), attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
-                    norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
-                            ParameterRole.MLP_NORM_BIAS);
-                    multiply(by == null ? null : by.widen(), normed, w.weight(CudaProducts.widenRole(config)), widened, tokens);
+                    multiply(by == null ? null : by.output(), layer, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
+                    if (!adds) {
+                        norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
+                                ParameterRole.MLP_NORM_BIAS);
+                    }
+                    multiply(by == null ? null : by.widen(), layer, normed, w.weight(CudaProducts.widenRole(config)), widened, tokens);
                     if (by == null || !by.activates()) {
                         activate(w, tokens, count);
                     }
-                    multiply(by == null ? null : by.narrow(), activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
-                    addend = projected.address();
+                    multiply(by == null ? null : by.narrow(), layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
+                    addend = adds ? 0 : projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
             }
@@ -327,7 +335,7 @@ final class CudaDecoder implements AutoCloseable {
     /** Queries, keys and values, from the normed states to where attention reads them. */
     private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.@Nullable Way by) {
         if (by == null) {
-            multiply(null, normed, weight, qkv, tokens);
+            multiply(null, layer, normed, weight, qkv, tokens);
         } else {
             by.qkv().run(layer, normed.address(), weight.address(), qkv.address());
         }

@@ -11,6 +11,7 @@ import dev.tandem.generation.HopperProducts.Kind;
 import dev.tandem.generation.HopperProducts.Size;
 import dev.tandem.model.Activation;
 import dev.tandem.model.ModelConfig;
+import dev.tandem.model.Norm;
 import dev.tandem.model.ParameterRole;
 import dev.tandem.model.WeightArena;
 import java.util.ArrayDeque;
@@ -20,6 +21,7 @@ import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
 import java.util.stream.IntStream;
+import java.util.stream.Stream;
 import org.jspecify.annotations.Nullable;
 
 /**
@@ -56,16 +58,16 @@ final class CudaProducts implements AutoCloseable {
     private final Deque<Runnable> owned = new ArrayDeque<>();
 
     /** out = x times the transpose of a weight, all at these addresses. */
-    interface Product {
+    interface Plain {
         void run(long x, long weight, long out);
     }
 
-    /** The product of a layer's queries, keys and values. */
-    interface QkvProduct {
+    /** A layer's product, with what belongs to the layer besides. */
+    interface Product {
         void run(int layer, long x, long weight, long out);
 
         /** {@return what computes the same for all layers} */
-        static QkvProduct of(Product product) {
+        static Product of(Plain product) {
             return (layer, x, weight, out) -> product.run(x, weight, out);
         }
     }
@@ -75,10 +77,12 @@ final class CudaProducts implements AutoCloseable {
      *
      * @param qkv of queries, keys and values; when {@code rotates} it leaves them where attention reads them and writes no {@code out}
      * @param widen to the feed-forward block's width; with the activation when {@code activates}
+     * @param adds whether {@code output} and {@code narrow} add to the residual stream and prepare the norm that follows, which the next
+     *     product completes; they write no {@code out}, and the only norm that is left before a product is the first layer's first
      */
-    record Way(QkvProduct qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head) {
-        private Way rotating(QkvProduct by) {
-            return new Way(by, true, output, widen, activates, narrow, head);
+    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Plain head, boolean adds) {
+        private Way rotating(Product by) {
+            return new Way(by, true, output, widen, activates, narrow, head, adds);
         }
     }
 
@@ -86,7 +90,7 @@ final class CudaProducts implements AutoCloseable {
     private record Operands(Size size, Tensor x, long[] weights, Tensor out) {}
 
     /** What the products read and write. */
-    record Buffers(Tensor normed, Tensor qkv, Tensor attended, Tensor projected, Tensor widened, Tensor activated, Tensor hidden,
+    record Buffers(Tensor residual, Tensor squares, Tensor normed, Tensor qkv, Tensor attended, Tensor projected, Tensor widened, Tensor activated, Tensor hidden,
             Tensor logits) {}
 
     /**
@@ -117,7 +121,10 @@ final class CudaProducts implements AutoCloseable {
             owned.push(own::close);
             List<Size> sizes = new ArrayList<>(List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
             if (HopperProducts.rotates(config.headDim())) {
-                sizes.add(rotatedSize());
+                sizes.add(rotated().size);
+                if (addsNorms()) {
+                    sizes.addAll(List.of(added(output).size, added(narrow).size));
+                }
             }
             owned.push(own.compileAhead(sizes, options.maxRunning())::close);
         }
@@ -129,10 +136,6 @@ final class CudaProducts implements AutoCloseable {
         int layers = (int) Math.min(config.layers(), Math.max(LEAST_TIMED, Math.ceilDiv(TIMED_BYTES, bytes)));
         long[] weights = IntStream.range(0, layers).mapToLong(layer -> arena.layer(layer).weight(role).address()).toArray();
         return new Operands(new Size(kind, n, k), x, weights, out);
-    }
-
-    private Size rotatedSize() {
-        return new Size(Kind.ROTATED, allHeads(), config.hiddenSize());
     }
 
     /**
@@ -167,10 +170,10 @@ final class CudaProducts implements AutoCloseable {
         int inner = config.intermediateSize();
         boolean activates = activates();
         return new Way(
-                QkvProduct.of((x, weight, out) -> by.multiply(x, weight, out, width, allHeads())),
+                (layer, x, weight, out) -> by.multiply(x, weight, out, width, allHeads()),
                 false,
-                (x, weight, out) -> by.multiply(x, weight, out, attended(), width),
-                (x, weight, out) -> {
+                (layer, x, weight, out) -> by.multiply(x, weight, out, attended(), width),
+                (layer, x, weight, out) -> {
                     if (activates) {
                         by.multiplyGated(x, weight, buffers.activated.address(), width, inner);
                     } else {
@@ -178,15 +181,17 @@ final class CudaProducts implements AutoCloseable {
                     }
                 },
                 activates,
-                (x, weight, out) -> by.multiply(x, weight, out, inner, width),
-                (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), buffers.logits.size(1)));
+                (layer, x, weight, out) -> by.multiply(x, weight, out, inner, width),
+                (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), buffers.logits.size(1)),
+                false);
     }
 
     /** cuBLAS's products, in the order of {@link Way}. */
     private record Timed(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
             CublasLt.Product head) {
         Way way() {
-            return new Way(QkvProduct.of(qkv::run), false, output::run, widen::run, false, narrow::run, head::run);
+            return new Way(Product.of(qkv::run), false, Product.of(output::run), Product.of(widen::run), false, Product.of(narrow::run),
+                    head::run, false);
         }
     }
 
@@ -203,36 +208,89 @@ final class CudaProducts implements AutoCloseable {
 
     /**
      * Product by product the faster of Tandem's and cuBLAS's; in both forms the widening one, which may apply the activation, and that of
-     * queries, keys and values, which may rotate.
+     * queries, keys and values, which may rotate. Then Tandem's alone, with the norms.
      */
     private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
-        QkvProduct byQkv = QkvProduct.of(faster(own, rows, qkv, byCublas.qkv));
-        Product byOutput = faster(own, rows, output, byCublas.output);
-        Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
-        Product byHead = faster(own, rows, head, byCublas.head);
+        Product byQkv = Product.of(faster(own, rows, qkv, byCublas.qkv));
+        Product byOutput = Product.of(faster(own, rows, output, byCublas.output));
+        Product byNarrow = Product.of(faster(own, rows, narrow, byCublas.narrow));
+        Plain byHead = faster(own, rows, head, byCublas.head);
         if (activates()) {
-            HopperProducts.Product byGated = tune(own, rows, gated);
             // Its result goes where the activation's would.
-            found.add(new Way(byQkv, false, byOutput, (x, weight, out) -> byGated.run(x, weight, buffers.activated.address()), true,
-                    byNarrow, byHead));
-            found.add(new Way(byQkv, false, byOutput, byCublas.widen::run, false, byNarrow, byHead));
+            Product byGated = gated(tune(own, rows, gated), RowSquares.NONE);
+            found.add(new Way(byQkv, false, byOutput, byGated, true, byNarrow, byHead, false));
+            found.add(new Way(byQkv, false, byOutput, Product.of(byCublas.widen::run), false, byNarrow, byHead, false));
         } else {
-            found.add(new Way(byQkv, false, byOutput, faster(own, rows, widen, byCublas.widen), false, byNarrow, byHead));
+            Product byWiden = Product.of(faster(own, rows, widen, byCublas.widen));
+            found.add(new Way(byQkv, false, byOutput, byWiden, false, byNarrow, byHead, false));
         }
         if (HopperProducts.rotates(config.headDim())) {
-            HopperProducts.Product rotated = own.tune(rotatedSize(), rows, qkv.x.address(), qkv.weights, rotation::arguments);
+            HopperProducts.Product rotated = tune(own, rows, rotated());
             List<Way> others = List.copyOf(found.subList(1, found.size()));
-            others.forEach(way -> found.add(way.rotating((layer, x, weight, out) -> rotated.rotate(x, weight, rotation.arguments(layer)))));
+            others.forEach(way -> found.add(way.rotating((layer, x, weight, out) ->
+                    rotated.rotate(x, weight, RowSquares.NONE, rotation.arguments(layer)))));
+            if (addsNorms()) {
+                found.add(new Way(
+                        (layer, x, weight, out) ->
+                                rotated.rotate(x, weight, layer == 0 ? RowSquares.NONE : squares(), rotation.arguments(layer)),
+                        true,
+                        adding(tune(own, rows, added(output)), ParameterRole.MLP_NORM_WEIGHT, 0),
+                        gated(tune(own, rows, gated), squares()),
+                        true,
+                        adding(tune(own, rows, added(narrow)), ParameterRole.ATTENTION_NORM_WEIGHT, 1),
+                        byHead,
+                        true));
+            }
         }
     }
 
-    private static Product faster(HopperProducts own, int rows, Operands of, CublasLt.Product byCublas) {
-        HopperProducts.Product product = tune(own, rows, of);
-        return product.milliseconds() < byCublas.milliseconds() ? product : byCublas::run;
+    private Product gated(HopperProducts.Product by, RowSquares squares) {
+        return (layer, x, weight, out) -> by.activate(x, weight, buffers.activated.address(), squares);
     }
 
-    private static HopperProducts.Product tune(HopperProducts own, int rows, Operands of) {
-        return own.tune(of.size, rows, of.x.address(), of.weights, of.out.address(), of.out.size(1));
+    /** @param distance to the layer whose norm follows */
+    private Product adding(HopperProducts.Product by, ParameterRole norm, int distance) {
+        return (layer, x, weight, out) -> by.add(x, weight, buffers.residual.address(), norm(layer + distance, norm),
+                buffers.normed.address(), squares());
+    }
+
+    private long norm(int layer, ParameterRole role) {
+        return layer == config.layers() ? 0 : arena.layer(layer).weight(role).address();
+    }
+
+    private RowSquares squares() {
+        return new RowSquares(buffers.squares.address(), Math.toIntExact(buffers.squares.size(1)), (float) config.normEps());
+    }
+
+    private Plain faster(HopperProducts own, int rows, Operands of, CublasLt.Product byCublas) {
+        HopperProducts.Product product = tune(own, rows, of);
+        return product.milliseconds() < byCublas.milliseconds() ? product::run : byCublas::run;
+    }
+
+    private HopperProducts.Product tune(HopperProducts own, int rows, Operands of) {
+        long x = of.x.address();
+        long out = of.out.address();
+        return own.tune(of.size, rows, of.out.size(1), of.weights.length, switch (of.size.kind()) {
+            case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out);
+            case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE);
+            case ROTATED -> (by, i) -> by.rotate(x, of.weights[i], RowSquares.NONE, rotation.arguments(i));
+            case ADDED -> (by, i) -> by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares());
+        });
+    }
+
+    private Operands rotated() {
+        return new Operands(new Size(Kind.ROTATED, qkv.size.n(), qkv.size.k()), qkv.x, qkv.weights, qkv.out);
+    }
+
+    private static Operands added(Operands plain) {
+        return new Operands(new Size(Kind.ADDED, plain.size.n(), plain.size.k()), plain.x, plain.weights, plain.out);
+    }
+
+    /** {@return whether norms can be parts of the products around them} */
+    private boolean addsNorms() {
+        return activates() && config.norm() == Norm.RMS && config.hiddenSize() % 64 == 0 && Stream.of(ParameterRole.O_BIAS,
+                ParameterRole.DOWN_BIAS, ParameterRole.MLP_NORM_BIAS, ParameterRole.ATTENTION_NORM_BIAS)
+                .allMatch(role -> arena.layer(0).find(role) == null);
     }
 
     private boolean activates() {

@@ -22,7 +22,6 @@ import java.util.Objects;
 import java.util.Set;
 import java.util.TreeMap;
 import java.util.TreeSet;
-import java.util.function.IntFunction;
 import java.util.function.ObjIntConsumer;
 import java.util.stream.IntStream;
 import org.jspecify.annotations.Nullable;
@@ -66,7 +65,9 @@ final class HopperProducts implements AutoCloseable {
         /** BFLOAT16, silu(gate) · up. */
         GATED("multiplyGated"),
         /** Nothing: queries, keys and values are rotated and written where attention reads them, as by {@code rotateAndWrite}. */
-        ROTATED("multiplyRotated");
+        ROTATED("multiplyRotated"),
+        /** BFLOAT16, added to the residual stream, from which the rows of a norm are made for the next product. */
+        ADDED("multiplyAdded");
 
         private final String kernel;
 
@@ -99,7 +100,8 @@ final class HopperProducts implements AutoCloseable {
 
         /** {@return bytes of shared memory that do not depend on how many loads are under way} */
         int sharedBytesBesides(Kind kind) {
-            return 1024 + tile / 64 * 9216 + (kind == Kind.ROTATED ? 128 * finishedOctets() : 0);
+            int ofOctet = kind == Kind.ROTATED ? 192 : kind == Kind.GATED ? 64 : 0;
+            return 1024 + tile / 64 * 9216 + ofOctet * finishedOctets();
         }
 
         /** {@return eights of rows of which a block finishes the sums} */
@@ -163,7 +165,7 @@ final class HopperProducts implements AutoCloseable {
     }
 
     /** A product of fixed sizes. */
-    final class Product implements CudaProducts.Product {
+    final class Product {
         private final Choice choice;
         private final Kernel kernel;
         private final Kind kind;
@@ -191,8 +193,8 @@ final class HopperProducts implements AutoCloseable {
             grid = new Grid(blocks, 1, variant.threads(), 1, shared);
         }
 
-        @Override
-        public void run(long x, long weight, long out) {
+        /** Runs a product of the kinds PLAIN and FLOAT. */
+        void run(long x, long weight, long out) {
             if (kind == Kind.FLOAT) {
                 kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, stride);
             } else {
@@ -200,19 +202,40 @@ final class HopperProducts implements AutoCloseable {
             }
         }
 
+        /** Runs a product of the kind GATED. */
+        void activate(long x, long weight, long out, RowSquares squares) {
+            kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride, squares.address(), squares.stride(),
+                    squares.epsilon());
+        }
+
+        /**
+         * Runs a product of the kind ADDED.
+         *
+         * @param residual address of [rows, n], which the product is added to
+         * @param norm address of the next norm's weight [n], or 0 and nothing else is written
+         * @param scaled address of [rows, n] for the new residual times that weight
+         * @param squares where sums of its squares are written
+         */
+        void add(long x, long weight, long residual, long norm, long scaled, RowSquares squares) {
+            kernel.launch(device, grid, input(x), matrix(weight), residual, rows, k, n, norm, scaled, squares.address(), squares.stride());
+        }
+
         /**
          * Runs a product of the kind ROTATED.
          *
          * @param rotation the arguments of {@code rotateAndWrite} after its first, which is the product's result
          */
-        void rotate(long x, long weight, Object... rotation) {
-            Object[] arguments = new Object[5 + rotation.length];
+        void rotate(long x, long weight, RowSquares squares, Object... rotation) {
+            Object[] arguments = new Object[5 + rotation.length + 3];
             arguments[0] = input(x);
             arguments[1] = matrix(weight);
             arguments[2] = rows;
             arguments[3] = k;
             arguments[4] = n;
             System.arraycopy(rotation, 0, arguments, 5, rotation.length);
+            arguments[5 + rotation.length] = squares.address();
+            arguments[6 + rotation.length] = squares.stride();
+            arguments[7 + rotation.length] = squares.epsilon();
             kernel.launch(device, grid, arguments);
         }
 
@@ -263,29 +286,15 @@ final class HopperProducts implements AutoCloseable {
     }
 
     /**
-     * {@return a product of a size, by the variant that is fastest}
+     * {@return a product of a size, by the variant that is fastest} What it writes is overwritten with numbers of no meaning; of the kind
+     * ROTATED this is what the step at hand writes, so that step is yet to be computed then.
      *
-     * @param size of which n are the columns of the result, a multiple of 8 when gated, and k is a multiple of 8
-     * @param x address of rows [rows, k]
-     * @param weights addresses of matrices [n, k], [2 n, k] when gated, that are used in turn
-     * @param out address of a result to overwrite
+     * @param size of which n are the columns of the result, a multiple of 8 when gated and of 64 when added, and k is a multiple of 8
      * @param stride elements from one row of the result to the next
+     * @param weights how many weights [n, k], [2 n, k] when gated, are used in turn
+     * @param launch runs the product with one of them
      */
-    Product tune(Size size, int rows, long x, long[] weights, long out, long stride) {
-        return tune(size, rows, stride, weights.length, (product, i) -> product.run(x, weights[i], out));
-    }
-
-    /**
-     * {@return a product of the kind ROTATED, as the other method does} What the step at hand writes is overwritten with numbers of no
-     * meaning, so that step is yet to be computed.
-     *
-     * @param rotation of each weight the arguments for {@link Product#rotate}
-     */
-    Product tune(Size size, int rows, long x, long[] weights, IntFunction<Object[]> rotation) {
-        return tune(size, rows, 0, weights.length, (product, i) -> product.rotate(x, weights[i], rotation.apply(i)));
-    }
-
-    private Product tune(Size size, int rows, long stride, int weights, ObjIntConsumer<Product> launch) {
+    Product tune(Size size, int rows, long stride, int weights, ObjIntConsumer<Product> launch) {
         Kind kind = size.kind;
         int n = size.n;
         int k = size.k;

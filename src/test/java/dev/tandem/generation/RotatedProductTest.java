@@ -21,7 +21,7 @@ import org.junit.jupiter.params.provider.CsvSource;
 /** The product that rotates against the product and the rotation that follows it, on a Hopper GPU. */
 @Gpu
 class RotatedProductTest extends KernelTest {
-    /** The sum of a norm's squares may be contracted differently. */
+    /** The sum of a norm's squares may be contracted differently, and a power of two as a factor be a bit off. */
     private static final double NORM_TOLERANCE = 1e-2;
 
     private static final int LAYERS = 3;
@@ -29,7 +29,7 @@ class RotatedProductTest extends KernelTest {
     private static final int SLOTS = 5;
     private static final int[] ROWS = {8, 37, 64, 200, 256};
     private static final List<List<String>> PARTS = List.of(List.of("rotation"), List.of("norm", "rotation"), List.of("bias", "rotation"),
-            List.of(), List.of("bias", "norm", "rotation"));
+            List.of(), List.of("bias", "norm", "rotation"), List.of("factors", "rotation"), List.of("factors", "norm", "rotation"));
 
     /** One to three warpgroups, with a cluster and without, CTAs that finish no row and such that have many tiles. */
     private static List<Variant> variants(int headDim, boolean many) {
@@ -104,16 +104,26 @@ class RotatedProductTest extends KernelTest {
                 queries[i].address(), counts.address()};
         }
         Tensor qkv = poison(DType.BFLOAT16, rows, n);
+        // Factors of half, one and two, which rows can be multiplied by without rounding.
+        float[] factors = new float[rows];
+        float[] sums = new float[rows];
+        for (int row = 0; row < rows; row++) {
+            factors[row] = parts.contains("factors") ? (float) Math.scalb(1, row % 3 - 1) : 1;
+            sums[row] = (float) ((1 / (factors[row] * factors[row]) - EPSILON) * k / (k / 64));
+        }
+        Tensor scaled = x.mul(Tensor.of(CUDA, factors).to(DType.BFLOAT16).unsqueeze(1));
+        Tensor squares = Tensor.of(CUDA, sums).unsqueeze(0).add(Tensor.zeros(CUDA, DType.FLOAT32, k / 64, 1)).copy();
+        RowSquares norm = parts.contains("factors") ? new RowSquares(squares.address(), rows, (float) EPSILON) : RowSquares.NONE;
         // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
         Cuda.synchronize(CUDA);
-        products.product(variant, Kind.PLAIN, rows, n, k, n).run(x.address(), weight.address(), qkv.address());
+        products.product(variant, Kind.PLAIN, rows, n, k, n).run(scaled.address(), weight.address(), qkv.address());
         Object[] after = new Object[arguments[0].length + 1];
         after[0] = qkv.address();
         System.arraycopy(arguments[0], 0, after, 1, arguments[0].length);
         rotate.launch(CUDA, CudaDecoder.rotateGrid(config, rows), after);
-        products.product(variant, Kind.ROTATED, rows, n, k, 0).rotate(x.address(), weight.address(), arguments[1]);
+        products.product(variant, Kind.ROTATED, rows, n, k, 0).rotate(x.address(), weight.address(), norm, arguments[1]);
         String what = variant + " of " + rows + " rows with " + parts;
-        if (parts.contains("norm")) {
+        if (parts.contains("norm") || parts.contains("factors")) {
             compare(what + ": queries", queries[1], queries[0], NORM_TOLERANCE);
             compare(what + ": pages", pages[1], pages[0], NORM_TOLERANCE);
         } else {
