@@ -90,8 +90,8 @@ final class CudaProducts implements AutoCloseable {
     private record Operands(Size size, Tensor x, long[] weights, Tensor out) {}
 
     /** What the products read and write. */
-    record Buffers(Tensor residual, Tensor squares, Tensor normed, Tensor qkv, Tensor attended, Tensor projected, Tensor widened, Tensor activated, Tensor hidden,
-            Tensor logits) {}
+    record Buffers(Tensor residual, Tensor squares, Tensor normed, Tensor qkv, Tensor attended, Tensor projected, Tensor widened,
+            Tensor activated, Tensor hidden, Tensor logits) {}
 
     /**
      * @param rotation of the tokens of a decoding step
@@ -230,18 +230,22 @@ final class CudaProducts implements AutoCloseable {
             others.forEach(way -> found.add(way.rotating((layer, x, weight, out) ->
                     rotated.rotate(x, weight, RowSquares.NONE, rotation.arguments(layer)))));
             if (addsNorms()) {
-                found.add(new Way(
-                        (layer, x, weight, out) ->
-                                rotated.rotate(x, weight, layer == 0 ? RowSquares.NONE : squares(), rotation.arguments(layer)),
-                        true,
-                        adding(tune(own, rows, added(output)), ParameterRole.MLP_NORM_WEIGHT, 0),
-                        gated(tune(own, rows, gated), squares()),
-                        true,
-                        adding(tune(own, rows, added(narrow)), ParameterRole.ATTENTION_NORM_WEIGHT, 1),
-                        byHead,
-                        true));
+                found.add(withNorms(own, rows, rotated, byHead));
             }
         }
+    }
+
+    private Way withNorms(HopperProducts own, int rows, HopperProducts.Product rotated, Plain byHead) {
+        return new Way(
+                (layer, x, weight, out) ->
+                        rotated.rotate(x, weight, layer == 0 ? RowSquares.NONE : squares(), rotation.arguments(layer)),
+                true,
+                adding(tune(own, rows, added(output)), ParameterRole.MLP_NORM_WEIGHT, 0),
+                gated(tune(own, rows, gated), squares()),
+                true,
+                adding(tune(own, rows, added(narrow)), ParameterRole.ATTENTION_NORM_WEIGHT, 1),
+                byHead,
+                true);
     }
 
     private Product gated(HopperProducts.Product by, RowSquares squares) {
@@ -274,7 +278,8 @@ final class CudaProducts implements AutoCloseable {
             case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out);
             case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE);
             case ROTATED -> (by, i) -> by.rotate(x, of.weights[i], RowSquares.NONE, rotation.arguments(i));
-            case ADDED -> (by, i) -> by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares());
+            case ADDED -> (by, i) ->
+                    by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares());
         });
     }
 
