@@ -21,7 +21,7 @@ import java.util.List;
 import org.jspecify.annotations.Nullable;
 
 /**
- * The decoder's forward pass on a GPU, from token ids to logits, in Tandem's kernels and matrix products of several makers. It computes what
+ * The decoder's forward pass on a GPU, from token ids to logits, in Tandem's kernels and products that are timed. It computes what
  * {@link dev.tandem.model.Decoder} computes, reads the same weights, and allocates nothing: every buffer is made once and used by all
  * steps, so that a pass can be captured as a graph.
  *

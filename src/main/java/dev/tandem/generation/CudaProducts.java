@@ -119,7 +119,8 @@ final class CudaProducts implements AutoCloseable {
         HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device, config, options) : null;
         if (own != null) {
             owned.push(own::close);
-            List<Size> sizes = new ArrayList<>(List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
+            List<Size> sizes = new ArrayList<>(
+                    List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
             if (HopperProducts.rotates(config.headDim())) {
                 sizes.add(rotated().size);
                 if (addsNorms()) {
