@@ -52,7 +52,8 @@ def shape(name, k, n, share=24):
 
 def arguments(name, x, weight, out, k, n):
     stride = out.stride(0)
-    last = {'multiply': [np.int32(stride)], 'multiplyToFloat': [np.int64(stride)], 'multiplyGated': []}[name]
+    norm = [np.uint64(0), np.float32(0)]  # none
+    last = {'multiply': [np.int32(stride)] + norm, 'multiplyToFloat': [np.int64(stride)], 'multiplyGated': norm}[name]
     return tuple([np.uint64(x.data_ptr()), np.uint64(weight.data_ptr()), np.uint64(out.data_ptr()), np.int32(k), np.int32(n)] + last)
 
 

@@ -23,6 +23,10 @@
 // What a row of x yields does not depend on its neighbours: the bits are the same for all ROWS and all grids. The split depends
 // on k alone (and on LOADS, MAX_WARPS), and the warps' parts are added in their order.
 //
+// The RMS norm before a product costs no kernel: multiplyAdded adds its result to the residual stream, multiplies the sum by the norm's
+// weight, and leaves sums of squares of 8 columns each; multiply and multiplyGated take these rows and multiply their own sums by the
+// row's factor (Norm). What they need for it is asked for before the products begin and looked at when they are done.
+//
 // Layouts, all row-major: x [ROWS][k], aligned to 16 bytes; weight [n][k] (multiplyGated: [2 n][k], the gates first), likewise; out
 // [ROWS][outStride] of which n columns are written (multiplyGated: [ROWS][n]). k is a multiple of 8, n any number. The host pads
 // rows up to ROWS; what the padding holds is indifferent to the others.
@@ -100,14 +104,20 @@ DEVICE void load(uint4 (&to)[vectors], const bf16* from, int left) {
     }
 }
 
-// Calls finish(row, column, sums) for each element of out, sums [GROUPS] being its products with weight rows column and, if GROUPS
+// The norm of the rows of x, which come times its weight but not times its factor: that is one number for a row, and multiplies its sums.
+struct Norm {
+    const float* squares;  // [ROWS][k / 8], sums of squares of 8 elements each, at most two for each thread; null: there is no norm
+    float epsilon;
+};
+
+// Calls finish(row, column, sums, ahead) for each element of out, where ahead = ask(row, column) has been loaded before the products, sums [GROUPS] being its products with weight rows column and, if GROUPS
 // is 2, n + column.
-template <int GROUPS, typename Finish>
-DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Finish finish) {
+template <int GROUPS, typename Ask, typename Finish>
+DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Norm norm, Ask ask, Finish finish) {
     const int VECTORS = LOADS / GROUPS, STEP = 32 * VECTORS;
     const int CHAINS = 2 / GROUPS;  // vectors whose parts of x share B
     const int WHOLE = 1 << 30;
-    __shared__ float partials[2][MAX_WARPS][GROUPS][ROWS][8];
+    __shared__ float partials[2][MAX_WARPS][GROUPS][ROWS][8], squares[MAX_WARPS][ROWS];
     int warp = threadIdx.x / 32, warps = blockDim.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     int tiles = (n + 7) / 8, first = warp * STEP;
 
@@ -132,7 +142,18 @@ DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Finis
     // Columns of B without a row are ignored: copies of others, they cost no memory access.
     int start = 32 * (g * CHAINS / 8) + 8 * t;
     const bf16* input = x + g % ROWS * k + start;
+    float early[ROWS][2], factor = 1.0f;
+    UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int j = 0; j < 2; j++) {
+        int i = threadIdx.x + j * blockDim.x;
+        early[row][j] = norm.squares && i < k / 8 ? norm.squares[row * (k / 8) + i] : 0.0f;
+    }
     for (int tile = blockIdx.x, buffer = 0; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+        int row = threadIdx.x / 8, column = tile * 8 + threadIdx.x % 8;
+        bool finishes = row < ROWS && column < n;
+        decltype(ask(0, 0)) ahead = {};
+        if (finishes) {
+            ahead = ask(row, column);
+        }
         float c[GROUPS][CHAINS][2][4] = {};
         for (int from = first; from < k; from += warps * STEP) {
             uint4 part[VECTORS / CHAINS];
@@ -164,22 +185,42 @@ DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Finis
                 partials[buffer][warp][group][2 * t + j][g] = sum;
             }
         }
+        if (norm.squares && tile == blockIdx.x) {
+            UNROLL for (int i = 0; i < ROWS; i++) {
+                float sum = warpSum(early[i][0] + early[i][1]);
+                if (threadIdx.x % 32 == 0) {
+                    squares[warp][i] = sum;
+                }
+            }
+        }
         // One barrier per tile suffices: the buffer is written again only after the next tile's.
         __syncthreads();
-        int row = threadIdx.x / 8, column = tile * 8 + threadIdx.x % 8;
-        if (row < ROWS && column < n) {
+        if (norm.squares && tile == blockIdx.x && row < ROWS) {
+            float sum = 0.0f;
+            UNROLL for (int i = 0; i < MAX_WARPS; i++) if (i < warps) {
+                sum += squares[i][row];
+            }
+            factor = rsqrtf(sum / k + norm.epsilon);
+        }
+        if (finishes) {
             float sums[GROUPS] = {};
             UNROLL for (int i = 0; i < MAX_WARPS; i++) UNROLL for (int group = 0; group < GROUPS; group++) if (i < warps) {
                 sums[group] += partials[buffer][i][group][row][threadIdx.x % 8];
             }
-            finish(row, column, sums);
+            UNROLL for (int group = 0; group < GROUPS; group++) {
+                sums[group] *= factor;
+            }
+            finish(row, column, sums, ahead);
         }
     }
 }
 
+struct Nothing {};
+DEVICE Nothing askNothing(int, int) { return {}; }
+
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
-        multiply(const bf16* x, const bf16* weight, bf16* out, int k, int n, int outStride) {
-    multiplyTiles<1>(x, weight, k, n, [&](int row, int column, const float (&sums)[1]) {
+        multiply(const bf16* x, const bf16* weight, bf16* out, int k, int n, int outStride, const float* squares, float normEpsilon) {
+    multiplyTiles<1>(x, weight, k, n, {squares, normEpsilon}, askNothing, [&](int row, int column, const float (&sums)[1], Nothing) {
         out[(long long) row * outStride + column] = toBf16(sums[0]);
     });
 }
@@ -187,16 +228,41 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
 // For logits.
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
         multiplyToFloat(const bf16* x, const bf16* weight, float* out, int k, int n, long long outStride) {
-    multiplyTiles<1>(x, weight, k, n, [&](int row, int column, const float (&sums)[1]) {
+    multiplyTiles<1>(x, weight, k, n, {}, askNothing, [&](int row, int column, const float (&sums)[1], Nothing) {
         out[row * outStride + column] = sums[0];
     });
 }
 
 // out = silu(gate) * up.
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
-        multiplyGated(const bf16* x, const bf16* weight, bf16* out, int k, int n) {
-    multiplyTiles<2>(x, weight, k, n, [&](int row, int column, const float (&sums)[2]) {
+        multiplyGated(const bf16* x, const bf16* weight, bf16* out, int k, int n, const float* squares, float normEpsilon) {
+    multiplyTiles<2>(x, weight, k, n, {squares, normEpsilon}, askNothing, [&](int row, int column, const float (&sums)[2], Nothing) {
         float gate = stored(sums[0]), up = stored(sums[1]);
         out[(long long) row * n + column] = toBf16(stored(__fdividef(gate, 1.0f + __expf(-gate))) * up);
     });
+}
+
+// residual [ROWS][n] += x weight^T, n a multiple of 8. norm [n] null: no more. Else scaled [ROWS][n] = residual * norm, and sums of squares
+// of residual go to squares [ROWS][n / 8].
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
+        multiplyAdded(const bf16* x, const bf16* weight, bf16* residual, int k, int n, const bf16* norm, bf16* scaled, float* squares) {
+    multiplyTiles<1>(
+            x, weight, k, n, {},
+            [&](int row, int column) {
+                return make_float2(toFloat(residual[row * n + column]), norm ? toFloat(norm[column]) : 0.0f);
+            },
+            [&](int row, int column, const float (&sums)[1], float2 ahead) {
+                float sum = roundBf16(ahead.x + roundBf16(sums[0]));
+                residual[row * n + column] = toBf16(sum);
+                if (norm) {
+                    scaled[row * n + column] = toBf16(sum * ahead.y);
+                    float square = sum * sum;
+                    UNROLL for (int offset = 4; offset > 0; offset /= 2) {
+                        square += __shfl_xor_sync(0xffffffffu >> (32 - 8 * ROWS), square, offset);
+                    }
+                    if (column % 8 == 0) {
+                        squares[row * (n / 8) + column / 8] = square;
+                    }
+                }
+            });
 }

@@ -59,7 +59,7 @@ final class CudaDecoder implements AutoCloseable {
     private final Tensor widened;
     private final Tensor activated;
     private final Tensor hidden;
-    /** Of rows of the residual stream in a decoding step, by 64 columns each. */
+    /** Sums of squares of the residual stream's rows in a decoding step. */
     private final Tensor squares;
     private final Tensor logits;
     /** Of the tokens of a decoding step. */
@@ -130,7 +130,7 @@ final class CudaDecoder implements AutoCloseable {
             widened = buffer(tokens, config.intermediateSize() * (config.gatedMlp() ? 2L : 1L));
             activated = buffer(tokens, config.intermediateSize());
             hidden = buffer(maxRows, config.hiddenSize());
-            squares = own(Tensor.empty(device, DType.FLOAT32, config.hiddenSize() / 64, maxRows));
+            squares = own(Tensor.empty(device, DType.FLOAT32, config.hiddenSize() / 64, squaresStride(maxRows)));
             logits = own(Tensor.zeros(device, DType.FLOAT32, maxRows, rowStride(config)));
             work = own(Tensor.zeros(device, DType.INT32, 8L * maxItems + 8));
             partials = own(Tensor.empty(device, DType.FLOAT32, (long) maxItems * heads * (dim + 4)));
@@ -208,6 +208,11 @@ final class CudaDecoder implements AutoCloseable {
         return (config.vocabSize() + 7L) / 8 * 8;
     }
 
+    /** Few rows have sums of 8 columns each instead of 64, in the same place. */
+    private static int squaresStride(int rows) {
+        return Math.max(rows, 8 * FewRows.MOST);
+    }
+
     /** {@return bytes of all buffers, known from the sizes alone} */
     static long bytes(ModelConfig config, GeneratorOptions options) {
         long tokens = options.tokenBudget();
@@ -218,7 +223,7 @@ final class CudaDecoder implements AutoCloseable {
         long activations = tokens * (3L * config.hiddenSize() + 3 * attention + keys + wide) + rows * config.hiddenSize();
         long items = maxItems(config, options.maxRunning());
         long floats = rows * rowStride(config) + items * config.heads() * (config.headDim() + 4L) + 8 * items + 8
-                + rows * (config.kvHeads() + config.hiddenSize() / 64);
+                + rows * config.kvHeads() + (long) config.hiddenSize() / 64 * squaresStride(options.maxRunning());
         long tables = config.positions() instanceof Positions.Rope ? (long) config.maxPositions() * config.headDim() : 0;
         return activations * DType.BFLOAT16.bytes() + (floats + tables) * Float.BYTES + CublasLt.WORKSPACE;
     }

@@ -153,8 +153,8 @@ final class CudaProducts implements AutoCloseable {
         found.add(byCublas.way());
         try {
             if (FewRows.computes(rows)) {
-                found.add(fewRows(rows, true));
-                found.add(fewRows(rows, false));
+                fewRows(rows, true, found);
+                fewRows(rows, false, found);
             } else if (hopper != null) {
                 hopper(hopper, rows, byCublas, found);
             }
@@ -164,27 +164,42 @@ final class CudaProducts implements AutoCloseable {
         return found;
     }
 
-    private Way fewRows(int rows, boolean early) {
+    private void fewRows(int rows, boolean early, List<Way> found) {
         FewRows by = new FewRows(device, rows, early);
         owned.push(by::close);
         int width = config.hiddenSize();
         int inner = config.intermediateSize();
-        boolean activates = activates();
-        return new Way(
-                (layer, x, weight, out) -> by.multiply(x, weight, out, width, allHeads()),
+        Product widening = activates() ? gated(by, RowSquares.NONE) : Product.of((x, weight, out) ->
+                by.multiply(x, weight, out, width, widened(), RowSquares.NONE));
+        Plain byHead = (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), buffers.logits.size(1));
+        found.add(new Way(
+                (layer, x, weight, out) -> by.multiply(x, weight, out, width, allHeads(), RowSquares.NONE),
                 false,
-                (layer, x, weight, out) -> by.multiply(x, weight, out, attended(), width),
-                (layer, x, weight, out) -> {
-                    if (activates) {
-                        by.multiplyGated(x, weight, buffers.activated.address(), width, inner);
-                    } else {
-                        by.multiply(x, weight, out, width, widened());
-                    }
-                },
-                activates,
-                (layer, x, weight, out) -> by.multiply(x, weight, out, inner, width),
-                (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), buffers.logits.size(1)),
-                false);
+                (layer, x, weight, out) -> by.multiply(x, weight, out, attended(), width, RowSquares.NONE),
+                widening,
+                activates(),
+                (layer, x, weight, out) -> by.multiply(x, weight, out, inner, width, RowSquares.NONE),
+                byHead,
+                false));
+        if (addsNorms() && FewRows.completesNorm(width)) {
+            found.add(new Way(
+                    (layer, x, weight, out) ->
+                            by.multiply(x, weight, out, width, allHeads(), layer == 0 ? RowSquares.NONE : squares()),
+                    false,
+                    (layer, x, weight, out) -> by.multiplyAdded(x, weight, buffers.residual.address(), attended(), width,
+                            norm(layer, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares()),
+                    gated(by, squares()),
+                    true,
+                    (layer, x, weight, out) -> by.multiplyAdded(x, weight, buffers.residual.address(), inner, width,
+                            norm(layer + 1, ParameterRole.ATTENTION_NORM_WEIGHT), buffers.normed.address(), squares()),
+                    byHead,
+                    true));
+        }
+    }
+
+    private Product gated(FewRows by, RowSquares squares) {
+        return (layer, x, weight, out) -> by.multiplyGated(x, weight, buffers.activated.address(), config.hiddenSize(),
+                config.intermediateSize(), squares);
     }
 
     /** cuBLAS's products, in the order of {@link Way}. */
@@ -259,6 +274,7 @@ final class CudaProducts implements AutoCloseable {
                 buffers.normed.address(), squares());
     }
 
+    /** {@return the address of a norm's weight, or 0 behind the last layer, where the norm is no part of a product} */
     private long norm(int layer, ParameterRole role) {
         return layer == config.layers() ? 0 : arena.layer(layer).weight(role).address();
     }
