@@ -110,8 +110,8 @@ struct Norm {
     float epsilon;
 };
 
-// Calls finish(row, column, sums, ahead) for each element of out, where ahead = ask(row, column) has been loaded before the products, sums [GROUPS] being its products with weight rows column and, if GROUPS
-// is 2, n + column.
+// Calls finish(row, column, sums, ahead) for each element of out, sums [GROUPS] being its products with weight rows column and, if GROUPS
+// is 2, n + column, and ahead what ask(row, column) gave before the products began.
 template <int GROUPS, typename Ask, typename Finish>
 DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Norm norm, Ask ask, Finish finish) {
     const int VECTORS = LOADS / GROUPS, STEP = 32 * VECTORS;

@@ -96,8 +96,8 @@ class FewRowsTest extends KernelTest {
         Tensor both = matrix(1 / Math.sqrt(k), 2L * n, k);
         Tensor widened = rounded(exact(x).matmul(exact(both).transpose(0, 1)));
         Tensor gated = rounded(widened.narrow(1, 0, n).silu()).mul(widened.narrow(1, n, n));
-        check("gated product with " + n + " x " + k, (by, from, to) -> by.multiplyGated(from, both.address(), to, k, n, RowSquares.NONE), x, gated,
-                DType.BFLOAT16, n, TOLERANCE);
+        check("gated product with " + n + " x " + k,
+                (by, from, to) -> by.multiplyGated(from, both.address(), to, k, n, RowSquares.NONE), x, gated, DType.BFLOAT16, n, TOLERANCE);
     }
 
     /** A product that adds to the residual stream and one that completes the norm, against those with a norm between them. */
@@ -134,7 +134,8 @@ class FewRowsTest extends KernelTest {
                     normed.address(), width, (float) CudaLayerTest.EPSILON, ints(rows).address());
             by.multiply(normed.address(), gates.address(), plain[0].address(), width, inner, RowSquares.NONE);
             by.multiplyGated(normed.address(), gates.address(), gated[0].address(), width, inner, RowSquares.NONE);
-            by.multiplyAdded(x.address(), weight.address(), residual.address(), inner, width, normWeight.address(), scaled.address(), squares);
+            by.multiplyAdded(x.address(), weight.address(), residual.address(), inner, width, normWeight.address(), scaled.address(),
+                    squares);
             by.multiply(scaled.address(), gates.address(), plain[1].address(), width, inner, squares);
             by.multiplyGated(scaled.address(), gates.address(), gated[1].address(), width, inner, squares);
             by.multiplyAdded(x.address(), weight.address(), last.address(), inner, width, 0, 0, RowSquares.NONE);
