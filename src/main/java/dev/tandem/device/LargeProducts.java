@@ -4,6 +4,7 @@ import dev.tandem.device.CublasLt.Product;
 import dev.tandem.device.CublasLt.Shape;
 import java.util.HashMap;
 import java.util.Map;
+import java.util.Optional;
 
 /**
  * Products of many rows with a weight on a GPU, such as those of training and of prompts, by the algorithms of cuBLAS that timing finds to
@@ -21,8 +22,8 @@ public final class LargeProducts implements AutoCloseable {
 
     private final CublasLt cublas;
     private final TuningCache choices;
-    private final Map<Question, Product> found = new HashMap<>();
-    private boolean refused;
+    /** Empty where cuBLAS has nothing. */
+    private final Map<Question, Optional<Product>> found = new HashMap<>();
 
     private record Question(int like, Shape shape) {}
 
@@ -63,32 +64,37 @@ public final class LargeProducts implements AutoCloseable {
 
     private boolean multiplied(boolean backward, Tensor x, Tensor weight, Tensor out) {
         int rows = Math.toIntExact(x.size(0));
-        if (refused || rows < LEAST_ROWS) {
+        if (rows < LEAST_ROWS) {
             return false;
         }
         Shape shape = new Shape(backward, Math.toIntExact(weight.size(0)), Math.toIntExact(weight.size(1)), x.stride(0), out.stride(0),
                 out.dtype());
+        Question question = new Question(2 * Integer.highestOneBit(rows - 1), shape);
         try {
-            Question question = new Question(2 * Integer.highestOneBit(rows - 1), shape);
-            Product product = found.get(question);
+            Optional<Product> product = found.get(question);
             if (product == null) {
-                product = cublas.tune(rows, question.like, shape, x.address(), new long[] {weight.address()}, out.address());
+                product = Optional.of(
+                        cublas.tune(rows, question.like, shape, x.address(), new long[] {weight.address()}, out.address()));
                 found.put(question, product);
                 choices.save();
             }
-            product.rows(rows);
-            product.run(x.address(), weight.address(), out.address());
-            return true;
-        } catch (CudaException e) {
-            LOG.log(System.Logger.Level.WARNING, "large products by libtorch from here on: {0} rows and {1}: {2}", rows, shape,
-                    e.getMessage());
-            refused = true;
+            if (product.isPresent()) {
+                product.get().rows(rows);
+                product.get().run(x.address(), weight.address(), out.address());
+            }
+            return product.isPresent();
+        } catch (TandemException e) {
+            LOG.log(System.Logger.Level.WARNING, "{0} rows and {1} are multiplied by libtorch: {2}", rows, shape, e.getMessage());
+            Optional<Product> before = found.put(question, Optional.empty());
+            if (before != null) {
+                before.ifPresent(Product::close);
+            }
             return false;
         }
     }
 
     @Override
     public void close() {
-        found.values().forEach(Product::close);
+        found.values().forEach(product -> product.ifPresent(Product::close));
     }
 }
