@@ -1,7 +1,7 @@
 package dev.tandem;
 
-import dev.tandem.device.DType;
 import dev.tandem.device.Cuda;
+import dev.tandem.device.DType;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.DeviceMemory.Use;
 import dev.tandem.generation.Generator;

@@ -47,8 +47,8 @@ class CudaGenerationTest {
         return prompts;
     }
 
-    /** Largest and mean difference of log-probs between the kernels and the training side. */
-    private static double[] gap(HybridEngine engine, List<Completion> completions, double temperature) {
+    /** {@return prompts with what was generated, of which only that is trained} */
+    static List<TrainingSequence> sequences(List<Completion> completions) {
         List<TrainingSequence> sequences = new ArrayList<>();
         for (Completion c : completions) {
             int prompt = c.promptTokens().length;
@@ -56,7 +56,12 @@ class CudaGenerationTest {
             System.arraycopy(c.tokens(), 0, all, prompt, c.tokens().length);
             sequences.add(TrainingSequence.of(all, prompt, 1));
         }
-        float[][] expected = engine.logprobs(sequences, temperature);
+        return sequences;
+    }
+
+    /** Largest and mean difference of log-probs between the kernels and the training side. */
+    static double[] gap(HybridEngine engine, List<Completion> completions, double temperature) {
+        float[][] expected = engine.logprobs(sequences(completions), temperature);
         double worst = 0;
         double sum = 0;
         int count = 0;

@@ -2,6 +2,8 @@ package dev.tandem.device;
 
 import dev.tandem.device.KernelModule.Source;
 import java.util.List;
+import java.util.concurrent.ExecutorService;
+import java.util.concurrent.Executors;
 
 /**
  * Compiles kernels in the background before they are asked for, so that {@link KernelModule#load} finds their machine code, or only waits
@@ -11,12 +13,13 @@ import java.util.List;
 public final class AheadCompiler implements AutoCloseable {
     private static final System.Logger LOG = System.getLogger(AheadCompiler.class.getName());
 
-    private final Thread thread;
+    private final ExecutorService compiling =
+            Executors.newSingleThreadExecutor(Thread.ofPlatform().name("kernel compiler").daemon().factory());
     private volatile boolean enough;
 
     /** Begins with the first of the sources, with as many at a time as there are processors. */
     public AheadCompiler(Device device, List<Source> sources) {
-        thread = Thread.ofPlatform().name("kernel compiler").daemon().start(() -> sources.parallelStream().forEach(source -> {
+        compiling.execute(() -> sources.parallelStream().forEach(source -> {
             try {
                 if (!enough) {
                     KernelModule.compile(device, source);
@@ -30,17 +33,6 @@ public final class AheadCompiler implements AutoCloseable {
     @Override
     public void close() {
         enough = true;
-        boolean interrupted = false;
-        while (true) {
-            try {
-                thread.join();
-                break;
-            } catch (InterruptedException e) {
-                interrupted = true;
-            }
-        }
-        if (interrupted) {
-            Thread.currentThread().interrupt();
-        }
+        compiling.close();
     }
 }

@@ -114,7 +114,6 @@ public final class CublasLt implements AutoCloseable {
 
     /** A product with its algorithm. */
     public final class Product implements AutoCloseable {
-        private final Shape shape;
         private final long description;
         private final long weightLayout;
         private final long rowLayout;
@@ -125,7 +124,6 @@ public final class CublasLt implements AutoCloseable {
         private float milliseconds;
 
         private Product(int rows, Shape shape) {
-            this.shape = shape;
             description = create("cublasLtMatmulDescCreate",
                     out -> (int) DESC_CREATE.invokeExact(out, COMPUTE_32F, CUDA_R_32F));
             if (!shape.backward) {

@@ -39,8 +39,8 @@ public final class DeviceMemory {
     }
 
     /**
-     * {@return bytes of a device that could still be had: on the CPU what the machine, or a container's limit, leaves, on a GPU what is free and what
-     * libtorch caches; {@link Long#MAX_VALUE} when that is not known}
+     * {@return bytes of a device that could still be had: on the CPU what the machine, or a container's limit, leaves, on a GPU what is
+     * free and what libtorch caches; {@link Long#MAX_VALUE} when that is not known}
      */
     public static long available(Device device) {
         if (device.isCpu()) {

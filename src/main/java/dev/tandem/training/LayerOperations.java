@@ -4,8 +4,8 @@ import dev.tandem.device.Tensor;
 import org.jspecify.annotations.Nullable;
 
 /**
- * What a decoder layer computes, each with its backward pass, for one micro-batch. T tokens, E hidden size, H query
- * heads, K KV heads, D head size, I inner size. Results belong to the innermost scope. Gradients of weights are FLOAT32 and are added to.
+ * What a decoder layer computes, each with its backward pass, for one micro-batch. T tokens, E hidden size, H query heads, K KV heads, D
+ * head size, I inner size. Results belong to the innermost scope. Gradients of weights are FLOAT32 and are added to.
  */
 interface LayerOperations {
     /** {@return rows x [T, k] times the transpose of a weight [n, k]} */

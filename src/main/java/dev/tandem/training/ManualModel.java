@@ -310,23 +310,27 @@ final class ManualModel implements TrainingModel {
             WeightGroup w = weights.layer(layer);
             Tensor group = gradients.open(w);
             Tensor bias = widenBias(w);
-            Backward activation =
-                    operations.activateBackward(kept.widened, bias, operations.multiplyBackward(byOutput, w.weight(ParameterRole.DOWN_WEIGHT)));
+            Backward activation = operations.activateBackward(kept.widened, bias, byInput(w, ParameterRole.DOWN_WEIGHT, byOutput));
             weightGradient(w, group, ParameterRole.DOWN_WEIGHT, ParameterRole.DOWN_BIAS, byOutput, activation.again());
             Tensor byWidened = activation.gradient();
-            Backward second = normBackward(w, group, operations.multiplyBackward(byWidened, w.weight(widen())), kept.middle, kept.middleStatistics, byOutput,
+            Backward second = normBackward(w, group, byInput(w, widen(), byWidened), kept.middle, kept.middleStatistics, byOutput,
                     ParameterRole.MLP_NORM_WEIGHT, ParameterRole.MLP_NORM_BIAS);
             weightGradient(w, group, widen(), widenBiasRole(), byWidened, second.again());
             Tensor byMiddle = second.gradient();
             weightGradient(w, group, ParameterRole.O_WEIGHT, ParameterRole.O_BIAS, byMiddle, kept.attended.result());
-            Heads byHeads = operations.attendBackward(operations.multiplyBackward(byMiddle, w.weight(ParameterRole.O_WEIGHT)), kept.heads, kept.attended);
+            Heads byHeads = operations.attendBackward(byInput(w, ParameterRole.O_WEIGHT, byMiddle), kept.heads, kept.attended);
             Tensor byQkv = operations.headsBackward(byHeads, kept.qkv, w.find(ParameterRole.Q_BIAS), w.find(ParameterRole.Q_NORM),
                     w.find(ParameterRole.K_NORM), part(w, group, ParameterRole.Q_NORM), part(w, group, ParameterRole.K_NORM));
-            Backward first = normBackward(w, group, operations.multiplyBackward(byQkv, w.weight(ParameterRole.Q_WEIGHT)), kept.input, kept.inputStatistics,
-                    byMiddle, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
+            Backward first = normBackward(w, group, byInput(w, ParameterRole.Q_WEIGHT, byQkv), kept.input, kept.inputStatistics, byMiddle,
+                    ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
             weightGradient(w, group, ParameterRole.Q_WEIGHT, ParameterRole.Q_BIAS, byQkv, first.again());
             gradients.complete(w, group);
             return first.gradient();
+        }
+
+        /** {@return the gradient of a product's input, from that of its result} */
+        private Tensor byInput(WeightGroup w, ParameterRole weight, Tensor byResult) {
+            return operations.multiplyBackward(byResult, w.weight(weight));
         }
 
         /** The gradients of a product's weight and bias, from that of its result [T, n] and its input [T, k]. */

@@ -3,8 +3,8 @@ package dev.tandem.training;
 import dev.tandem.device.DType;
 
 /**
- * Where AdamW's state of so many elements lies in one piece of memory: remainders of masters if there are any, first moments, second moments.
- * All results are bytes.
+ * Where AdamW's state of so many elements lies in one piece of memory: remainders of masters if there are any, first moments, second
+ * moments. All results are bytes.
  *
  * @param elements a multiple of 64, so that each part begins on a boundary
  * @param splits whether weights are rounded and keep remainders, as {@link SplitMasters} says

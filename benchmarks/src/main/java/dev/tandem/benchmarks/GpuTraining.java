@@ -102,8 +102,8 @@ final class GpuTraining {
         long tokens = batch.stream().mapToLong(s -> s.tokens().length).sum();
         double squares = batch.stream().mapToDouble(s -> (double) s.tokens().length * s.tokens().length).sum();
         double flops = 6.0 * parameters * tokens + 6.0 * config.layers() * config.heads() * config.headDim() * squares;
-        System.out.printf(Locale.ROOT, "%s: %.0f tokens/s, %.3f s a step (%.3f to %.3f), %.1f %% of the peak, %.1f GiB, optimizer %.1f ms%n", name,
-                tokens / median, median, seconds[0], seconds[STEPS - 1], 100 * flops / median / PEAK,
+        System.out.printf(Locale.ROOT, "%s: %.0f tokens/s, %.3f s a step (%.3f to %.3f), %.1f %% of the peak, %.1f GiB, optimizer %.1f ms%n",
+                name, tokens / median, median, seconds[0], seconds[STEPS - 1], 100 * flops / median / PEAK,
                 Cuda.allocator(CUDA).peakAllocated() / 0x1p30, optimizer);
     }
 }
