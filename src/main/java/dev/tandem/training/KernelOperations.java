@@ -20,13 +20,14 @@ final class KernelOperations implements LayerOperations {
     private final TrainingAttention attention;
     private final int tokens;
 
-    KernelOperations(TrainingKernels kernels, PackedBatch batch) {
+    /** @param positions INT64 [T], from 0 in each sequence */
+    KernelOperations(TrainingKernels kernels, Tensor positions, TrainingAttention attention) {
         this.kernels = kernels;
+        this.positions = positions;
+        this.attention = attention;
         config = kernels.config;
         device = kernels.device;
-        positions = batch.positions();
         tokens = Math.toIntExact(positions.size(0));
-        attention = kernels.attention.over(batch.starts(), batch.lengths());
     }
 
     private Tensor bf16(long... shape) {

@@ -162,7 +162,7 @@ final class ManualModel implements TrainingModel {
                     : decoder.placeEmbeddings(batch.positions());
             operations = kernels == null
                     ? new TensorOperations(config, placement, batch.lengths())
-                    : new KernelOperations(kernels, batch);
+                    : new KernelOperations(kernels, batch.positions(), kernels.attention.over(batch.starts(), batch.lengths()));
         }
 
         Stream embed() {
