@@ -181,7 +181,14 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     }
     int turn = 0;
     // Dealt to the blocks first, so that few rows are spread over all of them.
-    for (int row = threadIdx.y * gridDim.x + blockIdx.x; row < tokens; row += gridDim.x * blockDim.y, turn ^= 1) {
+    for (int first = blockIdx.x; first < tokens; first += gridDim.x * blockDim.y, turn ^= 1) {
+        int row = first + threadIdx.y * gridDim.x;
+        if (row >= tokens) {  // compute-sanitizer's racecheck takes warps that came to unequally many barriers to be unordered later
+            if (blockDim.x > 32) {
+                meetRow();
+            }
+            continue;
+        }
         u32 at = (u32) row * width;
         uint4 input[BACKWARD_VECTORS], gradient[BACKWARD_VECTORS], residual[BACKWARD_VECTORS];
         FOR_VECTORS(BACKWARD_VECTORS) {
