@@ -88,7 +88,7 @@ class Kernels:
                     (pointer(batch.query), pointer(batch.out), pointer(batch.kv), numpy.int32(layer), numpy.int32(batch.layers),
                      pointer(batch.table), numpy.int32(batch.table.shape[1]), pointer(batch.work), pointer(batch.work_count),
                      numpy.int32(batch.max_items), pointer(batch.partials), pointer(batch.counters),
-                     numpy.float32(1 / math.sqrt(self.head_dim)), numpy.int32(0)), shared_mem=self.shared)
+                     numpy.float32(1 / math.sqrt(self.head_dim)), numpy.int32(0), numpy.zeros(4, numpy.uint64)), shared_mem=self.shared)
 
 
 def pointer(tensor):

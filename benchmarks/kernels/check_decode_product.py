@@ -170,6 +170,7 @@ class Product:
                      (ctypes.c_int64 if name == 'multiplyToFloat' else ctypes.c_int32)(out.stride(0))]
         if name == 'multiplyGated':  # no norm
             self.held += [ctypes.c_uint64(0), ctypes.c_int32(0), ctypes.c_float(0)]
+        self.held.append((ctypes.c_uint64 * 4)())  # nothing is fetched for a product that follows
         self.pointers = (ctypes.c_void_p * len(self.held))(*[ctypes.addressof(h) for h in self.held])
 
     def launch(self, dependent=False):

@@ -54,7 +54,8 @@ def arguments(name, x, weight, out, k, n):
     stride = out.stride(0)
     norm = [np.uint64(0), np.float32(0)]  # none
     last = {'multiply': [np.int32(stride)] + norm, 'multiplyToFloat': [np.int64(stride)], 'multiplyGated': norm}[name]
-    return tuple([np.uint64(x.data_ptr()), np.uint64(weight.data_ptr()), np.uint64(out.data_ptr()), np.int32(k), np.int32(n)] + last)
+    return tuple([np.uint64(x.data_ptr()), np.uint64(weight.data_ptr()), np.uint64(out.data_ptr()), np.int32(k), np.int32(n)] + last
+                 + [np.zeros(4, np.uint64)])  # nothing is fetched for a product that follows
 
 
 def run(name, rows, x, weight, out, k, n, grid=None):

@@ -36,6 +36,7 @@
 //   oldPages  not 0: the kernel right before this one, which lets this one start early, writes of what is read here only the query
 //             and each row's newest key and value; everything else was complete when that one let this one start, and is read
 //             before it ends. 0: nothing is read before
+//   next      of the product after this kernel (common.cuh)
 // where maxItems bounds the number of items, as max(wantedItems, (tokens of all rows) / SPLIT) + maxRows always does.
 //
 // Launches. planDecode: 1 block of PLAN_THREADS. decodeAttention: blocks of 32 * WARPS threads, multiprocessors x resident blocks
@@ -289,7 +290,8 @@ DEVICE void gatherSplits(const float* partials, const int* unit, int warp, int l
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers,
                 const int* blockTable, int maxBlocksPerSlot, const int* work,
-                const int* workCount, int maxItems, float* partials, int* counters, float scale, int oldPages) {
+                const int* workCount, int maxItems, float* partials, int* counters, float scale, int oldPages,
+                const Prefetch next) {
     admitSuccessor();
     if (!oldPages) {
         awaitPredecessor();
@@ -336,7 +338,13 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     UNROLL for (int i = 0; i < FIRST_UNITS; i++) {
         firstWords[i] = loadItem(warp + i * WARPS);
     }
+    auto prefetchNext = [&]() {
+        if (warp == 0) {
+            prefetch(next, blockIdx.x * 32 + lane, gridDim.x * 32);
+        }
+    };
     if (blockIdx.x >= units) {
+        prefetchNext();
         awaitPredecessor();  // the next kernel takes the end of this one for that of all before it
         return;
     }
@@ -482,7 +490,9 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
             stage = stage == ring + (STAGES - 1) * STAGE_BYTES ? ring : stage + STAGE_BYTES;
         }
         loadQuery(unitAt(n + 1));
-        ended += steps == 0;
+        if (steps == 0 && ended++ == 0) {
+            prefetchNext();
+        }
 
         __syncthreads();  // all warps have read the merge area and written the partials of unit n - 1
         const bool mergeRow = *arrivedLast;

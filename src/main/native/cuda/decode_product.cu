@@ -31,6 +31,8 @@
 // the sum by the norm's weight, and leaves sums of squares of 64 columns each; the product after it takes these rows, and multiplies its
 // own sums by the row's factor, which idle warps compute meanwhile (RowNorm). Partial sums are added in the order of columns.
 //
+// Every kernel ends with a Prefetch (common.cuh) for the product after it.
+//
 // Layouts, row-major: weight [n][k] (multiplyGated [2 n][k], the gates first, n a multiple of 8), x [rows or more][k], both
 // aligned to 16 bytes, k a multiple of 8; out [rows][outStride], of which n columns are written. multiplyRotated: see there.
 //
@@ -436,7 +438,8 @@ struct Rotation {
 // ---- the kernel ------------------------------------------------------------------------------------------------------------
 
 template <typename Result>
-DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Result& result, int rows, int k, int n) {
+DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Result& result, int rows, int k, int n,
+                          const Prefetch& next) {
     const int COLUMNS = GROUPS * Result::COLUMNS;  // of out
     extern __shared__ unsigned char memory[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
@@ -519,6 +522,10 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
                     meet(GROUPS + 1, CONSUMERS + 96);  // the consumers are done with the other half
                 }
             }
+        }
+        __syncwarp();
+        if (threadIdx.x < CONSUMERS + 32) {  // the producer's warp, all of whose loads are under way
+            prefetch(next, blockIdx.x * 32 + threadIdx.x - CONSUMERS, gridDim.x * 32);
         }
         __syncwarp();
         if (SPLIT > 1) {
@@ -608,7 +615,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
     }
 }
 
-#define MULTIPLY(...) multiplyTiles(&x, &weight, __VA_ARGS__, rows, k, n)
+#define MULTIPLY(...) multiplyTiles(&x, &weight, __VA_ARGS__, rows, k, n, next)
 #else
 #define MULTIPLY(...) asm("trap;")
 #endif
@@ -622,25 +629,25 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
 #ifndef HEAD_DIM
 
 KERNEL multiply(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
-                int outStride) {
+                int outStride, const Prefetch next) {
     MULTIPLY((Output<bf16, false> {out, outStride, n}));
 }
 
 // For logits.
 KERNEL multiplyToFloat(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float* out, int rows, int k,
-                       int n, long long outStride) {
+                       int n, long long outStride, const Prefetch next) {
     MULTIPLY((Output<float, false> {out, outStride, n}));
 }
 
 // out = silu(gate) * up. squares and what follows: RowNorm.
 KERNEL multiplyGated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
-                     int outStride, const float* squares, int squaresStride, float normEpsilon) {
+                     int outStride, const float* squares, int squaresStride, float normEpsilon, const Prefetch next) {
     MULTIPLY((Output<bf16, true> {out, outStride, n, {squares, squaresStride, normEpsilon, k}}));
 }
 
 // residual += x weight^T; see Residual.
 KERNEL multiplyAdded(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* residual, int rows, int k, int n,
-                     const bf16* norm, bf16* scaled, float* squares, int squaresStride) {
+                     const bf16* norm, bf16* scaled, float* squares, int squaresStride, const Prefetch next) {
     MULTIPLY((Residual {residual, n, norm, scaled, squares, squaresStride}));
 }
 
@@ -653,7 +660,7 @@ KERNEL multiplyRotated(const __grid_constant__ TensorMap x, const __grid_constan
                        const bf16* qkvBias, const bf16* queryNorm, const bf16* keyNorm, float epsilon, const float* cosine,
                        const float* sine, const int* positions, const int* tokenSlot, const int* blockTable, int maxBlocksPerSlot,
                        bf16* kv, int layer, int layers, bf16* query, const int* tokenCount, const float* squares, int squaresStride,
-                       float normEpsilon) {
+                       float normEpsilon, const Prefetch next) {
     MULTIPLY((Rotation {qkvBias, queryNorm, keyNorm, epsilon, cosine, sine, positions, tokenSlot, blockTable, maxBlocksPerSlot, kv, layer,
                         layers, query, tokenCount, {squares, squaresStride, normEpsilon, k}}));
 }

@@ -263,26 +263,29 @@ final class CudaDecoder implements AutoCloseable {
         return products.ways(rows);
     }
 
-    /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight. */
-    private void multiply(CudaProducts.@Nullable Product by, int layer, Tensor x, Tensor weight, Tensor out, int rows) {
-        if (by == null) {
-            products.large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows));
-        } else {
-            by.run(layer, x.address(), weight.address(), out.address());
-        }
-    }
-
     /**
-     * Computes a step whose input lies on the device.
+     * Computes a step with prompts, whose input lies on the device.
      *
-     * @param tokens for how many tokens kernels are launched: at least those of the step
-     * @param decodes whether every row has one token; then row i is token i
+     * @param tokens of the step
      * @param decodeRows for how many rows the decode attention is launched
      * @param tiles of the prefill attention
      * @param wanted rows of logits
-     * @param by how a decoding step of that many tokens multiplies, or null for products of many rows
      */
-    void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.@Nullable Way by) {
+    void forward(int tokens, int decodeRows, int tiles, int wanted) {
+        forward(tokens, false, decodeRows, tiles, wanted, products.large(tokens, wanted));
+    }
+
+    /**
+     * Computes a decoding step, whose input lies on the device: row i is token i.
+     *
+     * @param rows for how many kernels are launched: at least those of the step
+     * @param by one of the {@link #ways} for that many
+     */
+    void decode(int rows, CudaProducts.Way by) {
+        forward(rows, true, rows, 0, rows, by);
+    }
+
+    private void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.Way by) {
         try (Scope scope = Scope.open()) {
             long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
             long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
@@ -298,23 +301,27 @@ final class CudaDecoder implements AutoCloseable {
             for (int layer = 0; layer < config.layers(); layer++) {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
-                    boolean adds = by != null && by.adds();
-                    if (layer == 0 || !adds) {
+                    Tensor outputWeight = w.weight(ParameterRole.O_WEIGHT);
+                    Tensor widenWeight = w.weight(CudaProducts.widenRole(config));
+                    Tensor narrowWeight = w.weight(ParameterRole.DOWN_WEIGHT);
+                    if (layer == 0 || !by.adds()) {
                         norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
                     }
                     project(layer, w.weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
-                    attend(layer, decodeRows, tiles);
-                    multiply(by == null ? null : by.output(), layer, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
-                    if (!adds) {
+                    attend(layer, decodeRows, tiles, by.output().prefetch(outputWeight));
+                    by.output().run(layer, attended, outputWeight, projected, by.widen().prefetch(widenWeight));
+                    if (!by.adds()) {
                         norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                                 ParameterRole.MLP_NORM_BIAS);
                     }
-                    multiply(by == null ? null : by.widen(), layer, normed, w.weight(CudaProducts.widenRole(config)), widened, tokens);
-                    if (by == null || !by.activates()) {
+                    by.widen().run(layer, normed, widenWeight, widened, by.narrow().prefetch(narrowWeight));
+                    if (!by.activates()) {
                         activate(w, tokens, count);
                     }
-                    multiply(by == null ? null : by.narrow(), layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
-                    addend = adds ? 0 : projected.address();
+                    by.narrow().run(layer, activated, narrowWeight, projected, layer + 1 < config.layers()
+                            ? by.qkv().prefetch(arena.layer(layer + 1).weight(ParameterRole.Q_WEIGHT))
+                            : by.head().prefetch(arena.logitMatrix()));
+                    addend = by.adds() ? 0 : projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
             }
@@ -338,25 +345,22 @@ final class CudaDecoder implements AutoCloseable {
     }
 
     /** Queries, keys and values, from the normed states to where attention reads them. */
-    private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.@Nullable Way by) {
-        if (by == null) {
-            multiply(null, layer, normed, weight, qkv, tokens);
-        } else {
-            by.qkv().run(layer, normed.address(), weight.address(), qkv.address());
-        }
-        if (by == null || !by.rotates()) {
+    private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.Way by) {
+        by.qkv().run(layer, normed, weight, qkv, Prefetch.NONE); // attention would displace it
+        if (!by.rotates()) {
             kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), rotation.arguments(layer, qkv.address()));
         }
     }
 
-    private void attend(int layer, int decodeRows, int tiles) {
+    /** @param next what to fetch for the product that follows */
+    private void attend(int layer, int decodeRows, int tiles, Prefetch next) {
         float scale = (float) (1 / Math.sqrt(config.headDim()));
         long tables = input.address(Field.TABLES);
         int width = input.layout().tableWidth();
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
                     tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale,
-                    input.layout().readsNew() ? 0 : 1);
+                    input.layout().readsNew() ? 0 : 1, next.argument());
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,
@@ -373,17 +377,13 @@ final class CudaDecoder implements AutoCloseable {
                 width, count);
     }
 
-    private void head(int wanted, long addend, long addendBias, CudaProducts.@Nullable Way by) {
+    private void head(int wanted, long addend, long addendBias, CudaProducts.Way by) {
         WeightGroup head = arena.head();
         int width = config.hiddenSize();
         kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                 address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                 hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
-        if (by == null) {
-            logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
-        } else {
-            by.head().run(hidden.address(), arena.logitMatrix().address(), logits.address());
-        }
+        by.head().run(0, hidden, arena.logitMatrix(), logits, Prefetch.NONE);
     }
 
     private long workCount() {

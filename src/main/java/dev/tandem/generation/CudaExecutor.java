@@ -160,7 +160,7 @@ final class CudaExecutor implements StepExecutor {
                 decode();
             } else {
                 StepLayout step = input.layout();
-                decoder.forward(step.tokenCount(), false, step.decodeRows(), step.tiles(), step.wantedCount(), null);
+                decoder.forward(step.tokenCount(), step.decodeRows(), step.tiles(), step.wantedCount());
             }
             mark(Part.FORWARD);
             if (plan.sampleCount > 0) {
@@ -196,7 +196,7 @@ final class CudaExecutor implements StepExecutor {
         CudaGraph graph = graphs.get(size);
         if (graph == null) {
             // Once without a graph: then libtorch has allocated what it needs.
-            decoder.forward(size, true, size, 0, size, decoder.ways(size).getFirst());
+            decoder.decode(size, decoder.ways(size).getFirst());
             graph = fastest(size);
             graphs.put(size, graph);
         }
@@ -257,7 +257,7 @@ final class CudaExecutor implements StepExecutor {
     }
 
     private CudaGraph captured(int size, CudaProducts.Way way) {
-        return CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size, way));
+        return CudaGraph.capture(device, () -> decoder.decode(size, way));
     }
 
     /** The number of rows of the graph that serves a step: a power of two up to 8, then at most a quarter more, in units of 8. */

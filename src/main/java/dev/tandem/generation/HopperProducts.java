@@ -193,19 +193,23 @@ final class HopperProducts implements AutoCloseable {
             grid = new Grid(blocks, 1, variant.threads(), 1, shared);
         }
 
-        /** Runs a product of the kinds PLAIN and FLOAT. */
-        void run(long x, long weight, long out) {
+        /**
+         * Runs a product of the kinds PLAIN and FLOAT.
+         *
+         * @param next what to fetch for the product that follows
+         */
+        void run(long x, long weight, long out, Prefetch next) {
             if (kind == Kind.FLOAT) {
-                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, stride);
+                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, stride, next.argument());
             } else {
-                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride);
+                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride, next.argument());
             }
         }
 
         /** Runs a product of the kind GATED. */
-        void activate(long x, long weight, long out, RowSquares squares) {
+        void activate(long x, long weight, long out, RowSquares squares, Prefetch next) {
             kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride, squares.address(), squares.stride(),
-                    squares.epsilon());
+                    squares.epsilon(), next.argument());
         }
 
         /**
@@ -216,17 +220,18 @@ final class HopperProducts implements AutoCloseable {
          * @param scaled address of [rows, n] for the new residual times that weight
          * @param squares where sums of its squares are written
          */
-        void add(long x, long weight, long residual, long norm, long scaled, RowSquares squares) {
-            kernel.launch(device, grid, input(x), matrix(weight), residual, rows, k, n, norm, scaled, squares.address(), squares.stride());
+        void add(long x, long weight, long residual, long norm, long scaled, RowSquares squares, Prefetch next) {
+            kernel.launch(device, grid, input(x), matrix(weight), residual, rows, k, n, norm, scaled, squares.address(), squares.stride(),
+                    next.argument());
         }
 
         /**
-         * Runs a product of the kind ROTATED.
+         * Runs a product of the kind ROTATED. It fetches nothing: attention follows.
          *
          * @param rotation the arguments of {@code rotateAndWrite} after its first, which is the product's result
          */
         void rotate(long x, long weight, RowSquares squares, Object... rotation) {
-            Object[] arguments = new Object[5 + rotation.length + 3];
+            Object[] arguments = new Object[5 + rotation.length + 4];
             arguments[0] = input(x);
             arguments[1] = matrix(weight);
             arguments[2] = rows;
@@ -236,7 +241,17 @@ final class HopperProducts implements AutoCloseable {
             arguments[5 + rotation.length] = squares.address();
             arguments[6 + rotation.length] = squares.stride();
             arguments[7 + rotation.length] = squares.epsilon();
+            arguments[8 + rotation.length] = Prefetch.NONE.argument();
             kernel.launch(device, grid, arguments);
+        }
+
+        /** {@return what this reads first of a weight: the beginnings of the rows of its first tiles, or of the parts that blocks share} */
+        Prefetch prefetch(long weight) {
+            Variant variant = choice.variant;
+            int split = k / variant.split % BLOCK == 0 ? variant.split : 1;
+            int tiles = Math.max(1, grid.x() / variant.split / Math.ceilDiv(rows, variant.rows));
+            long weightRows = kind == Kind.GATED ? 2L * n : Math.min(n, (long) tiles * variant.tile);
+            return Prefetch.beginnings(weight, weightRows * split, 2L * k / split);
         }
 
         private TensorMap input(long x) {

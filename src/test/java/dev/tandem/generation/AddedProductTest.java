@@ -64,12 +64,13 @@ class AddedProductTest extends KernelTest {
         Tensor gated = poison(DType.BFLOAT16, rows, inner);
         // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
         Cuda.synchronize(CUDA);
-        products.product(first, Kind.PLAIN, rows, width, inner, width).run(x.address(), weight.address(), product.address());
+        HopperProducts.Product activating = products.product(second, Kind.GATED, rows, inner, width, inner);
+        products.product(first, Kind.PLAIN, rows, width, inner, width)
+                .run(x.address(), weight.address(), product.address(), activating.prefetch(gates.address()));
         Grid grid = CudaDecoder.rowGrid(rows, width);
         norm.launch(CUDA, grid, expected.address(), product.address(), 0L, normWeight.address(), 0L, normed.address(), width,
                 (float) EPSILON, ints(rows).address());
-        products.product(second, Kind.GATED, rows, inner, width, inner)
-                .activate(normed.address(), gates.address(), gated.address(), RowSquares.NONE);
+        activating.activate(normed.address(), gates.address(), gated.address(), RowSquares.NONE, Prefetch.NONE);
 
         Tensor residual = before.copy();
         Tensor scaled = poison(DType.BFLOAT16, rows, width);
@@ -78,9 +79,9 @@ class AddedProductTest extends KernelTest {
         RowSquares squares = new RowSquares(sums.address(), rows + GAP, (float) EPSILON);
         Cuda.synchronize(CUDA);
         products.product(first, Kind.ADDED, rows, width, inner, 0)
-                .add(x.address(), weight.address(), residual.address(), normWeight.address(), scaled.address(), squares);
-        products.product(second, Kind.GATED, rows, inner, width, inner)
-                .activate(scaled.address(), gates.address(), activated.address(), squares);
+                .add(x.address(), weight.address(), residual.address(), normWeight.address(), scaled.address(), squares,
+                        activating.prefetch(gates.address()));
+        activating.activate(scaled.address(), gates.address(), activated.address(), squares, activating.prefetch(gates.address()));
 
         assertSame(what + ": residual", residual, expected);
         assertSame(what + ": times the norm's weight", scaled, residual.mul(normWeight));
@@ -91,7 +92,7 @@ class AddedProductTest extends KernelTest {
 
         Tensor last = before.copy();
         products.product(first, Kind.ADDED, rows, width, inner, 0)
-                .add(x.address(), weight.address(), last.address(), 0, 0, RowSquares.NONE);
+                .add(x.address(), weight.address(), last.address(), 0, 0, RowSquares.NONE, Prefetch.NONE);
         assertSame(what + ": without a norm", last, expected);
     }
 }
