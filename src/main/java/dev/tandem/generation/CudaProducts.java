@@ -197,21 +197,20 @@ final class CudaProducts implements AutoCloseable {
         owned.push(by::close);
         int width = config.hiddenSize();
         int inner = config.intermediateSize();
-        Product byHead = few((layer, x, weight, out, next) ->
-                by.multiplyToFloat(x.address(), weight.address(), out.address(), width, config.vocabSize(), buffers.logits.size(1), next), width, config.vocabSize());
+        Product byHead = few(width, config.vocabSize(), (layer, x, weight, out, next) -> by.multiplyToFloat(x.address(), weight.address(),
+                out.address(), width, config.vocabSize(), buffers.logits.size(1), next));
         found.add(new Way(
-                plain(by, width, allHeads()),
+                plain(by, width, allHeads(), RowSquares.NONE),
                 false,
-                plain(by, attended(), width),
-                activates() ? gated(by, RowSquares.NONE) : plain(by, width, widened()),
+                plain(by, attended(), width, RowSquares.NONE),
+                activates() ? gated(by, RowSquares.NONE) : plain(by, width, widened(), RowSquares.NONE),
                 activates(),
-                plain(by, inner, width),
+                plain(by, inner, width, RowSquares.NONE),
                 byHead,
                 false));
         if (addsNorms() && FewRows.completesNorm(width)) {
             found.add(new Way(
-                    few((layer, x, weight, out, next) ->
-                            by.multiply(x.address(), weight.address(), out.address(), width, allHeads(), layer == 0 ? RowSquares.NONE : squares(), next), width, allHeads()),
+                    plain(by, width, allHeads(), squares()),
                     false,
                     adding(by, attended(), ParameterRole.MLP_NORM_WEIGHT, 0),
                     gated(by, squares()),
@@ -223,12 +222,14 @@ final class CudaProducts implements AutoCloseable {
     }
 
     /** A product of few rows with a weight [n, k]. */
-    private static Product few(Computation computation, int k, int n) {
+    private static Product few(int k, int n, Computation computation) {
         return new Product(computation, weight -> FewRows.prefetch(weight, k, n));
     }
 
-    private static Product plain(FewRows by, int k, int n) {
-        return few((layer, x, weight, out, next) -> by.multiply(x.address(), weight.address(), out.address(), k, n, RowSquares.NONE, next), k, n);
+    /** @param squares of the rows of all layers but the first, whose norm is no part of a product */
+    private static Product plain(FewRows by, int k, int n, RowSquares squares) {
+        return few(k, n, (layer, x, weight, out, next) ->
+                by.multiply(x.address(), weight.address(), out.address(), k, n, layer == 0 ? RowSquares.NONE : squares, next));
     }
 
     private Product gated(FewRows by, RowSquares squares) {
@@ -242,8 +243,8 @@ final class CudaProducts implements AutoCloseable {
     /** @param distance to the layer whose norm follows */
     private Product adding(FewRows by, int k, ParameterRole norm, int distance) {
         int width = config.hiddenSize();
-        return few((layer, x, weight, out, next) -> by.multiplyAdded(x.address(), weight.address(), buffers.residual.address(), k, width,
-                norm(layer + distance, norm), buffers.normed.address(), squares(), next), k, width);
+        return few(k, width, (layer, x, weight, out, next) -> by.multiplyAdded(x.address(), weight.address(), buffers.residual.address(),
+                k, width, norm(layer + distance, norm), buffers.normed.address(), squares(), next));
     }
 
     /** cuBLAS's products, in the order of {@link Way}. */
@@ -314,14 +315,14 @@ final class CudaProducts implements AutoCloseable {
     }
 
     private Product gated(HopperProducts.Product by, RowSquares squares) {
-        return new Product((layer, x, weight, out, next) -> by.activate(x.address(), weight.address(), buffers.activated.address(), squares, next),
-                by::prefetch);
+        return new Product((layer, x, weight, out, next) ->
+                by.activate(x.address(), weight.address(), buffers.activated.address(), squares, next), by::prefetch);
     }
 
     /** @param distance to the layer whose norm follows */
     private Product adding(HopperProducts.Product by, ParameterRole norm, int distance) {
-        return new Product((layer, x, weight, out, next) -> by.add(x.address(), weight.address(), buffers.residual.address(), norm(layer + distance, norm),
-                buffers.normed.address(), squares(), next), by::prefetch);
+        return new Product((layer, x, weight, out, next) -> by.add(x.address(), weight.address(), buffers.residual.address(),
+                norm(layer + distance, norm), buffers.normed.address(), squares(), next), by::prefetch);
     }
 
     /** {@return the address of a norm's weight, or 0 behind the last layer, where the norm is no part of a product} */
@@ -345,8 +346,8 @@ final class CudaProducts implements AutoCloseable {
             case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out, Prefetch.NONE);
             case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE, Prefetch.NONE);
             case ROTATED -> (by, i) -> by.rotate(x, of.weights[i], RowSquares.NONE, rotation.arguments(i));
-            case ADDED -> (by, i) ->
-                    by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares(), Prefetch.NONE);
+            case ADDED -> (by, i) -> by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(),
+                    squares(), Prefetch.NONE);
         });
     }
 
