@@ -420,8 +420,8 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     const u32 keyOffset = tileOffset(lane % 16, lane / 16);
     const u32 valueOffset = TILE_BYTES + tileOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     u32 stage = ring;
-    int ended = 0;
-    for (u32 n = 0; ended < 2; n++) {  // two rounds after the last unit: its counting and its merging
+    bool ended = false;
+    for (u32 n = 0;; n++) {
         const int* unit = unitAt(n);
         const int tokens = unit[TOKENS];
         float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2], o[COLUMN_TILES][DIM_TILES][4] = {};
@@ -489,10 +489,16 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
             copyTile(stage + TILE_BYTES, source + HEADS_BYTES);
             stage = stage == ring + (STAGES - 1) * STAGE_BYTES ? ring : stage + STAGE_BYTES;
         }
-        loadQuery(unitAt(n + 1));
-        if (steps == 0 && ended++ == 0) {
-            prefetchNext();
+        if (steps == 0) {  // past the last unit: two rounds more where it is to be counted and merged
+            if (!ended) {
+                prefetchNext();
+                ended = true;
+            }
+            if (unitAt(n - 1)[SPLITS] <= 1 && (n < 2 || unitAt(n - 2)[SPLITS] <= 1)) {
+                return;
+            }
         }
+        loadQuery(unitAt(n + 1));
 
         __syncthreads();  // all warps have read the merge area and written the partials of unit n - 1
         const bool mergeRow = *arrivedLast;
