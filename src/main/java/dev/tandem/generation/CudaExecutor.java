@@ -38,8 +38,8 @@ import org.jspecify.annotations.Nullable;
  *
  * <p>Decoding steps are launched as CUDA graphs. A graph has a fixed number of rows, so there is one for each of a few sizes (a step takes
  * the next larger one; padding rows do nothing), captured when its size is met first. Where there are several ways to multiply, a graph of
- * each is timed then, unless the {@link TuningCache} knows which is the fastest. All graphs share
- * the buffers of {@link CudaDecoder}. Graphs hold addresses, and those of weights, pages and buffers never change, so graphs survive sleep,
+ * each is timed then, unless the {@link TuningCache} knows which is the fastest for a size like it. All graphs share the buffers of
+ * {@link CudaDecoder}. Graphs hold addresses, and those of weights, pages and buffers never change, so graphs survive sleep,
  * wake and optimizer steps. Sampling follows outside the graph, because which kernels it needs depends on the requests.
  */
 final class CudaExecutor implements StepExecutor {
@@ -206,7 +206,7 @@ final class CudaExecutor implements StepExecutor {
     /** Captures a step of that many rows in the way to multiply that is the fastest. */
     private CudaGraph fastest(int size) {
         List<CudaProducts.Way> ways = decoder.ways(size);
-        String question = "step of " + size + " of " + ways.size() + " " + config;
+        String question = "step of " + CudaProducts.like(size) + " of " + ways.size() + " " + config;
         int known = ways.size() == 1 ? 0 : known(choices.find(question), ways.size());
         if (known >= 0) {
             choices.save();

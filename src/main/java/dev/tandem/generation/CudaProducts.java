@@ -100,11 +100,7 @@ final class CudaProducts implements AutoCloseable {
      * @param adds whether {@code output} and {@code narrow} add to the residual stream and prepare the norm that follows, which the next
      *     product completes; they write no {@code out}, and the only norm that is left before a product is the first layer's first
      */
-    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head, boolean adds) {
-        private Way rotating(Product by) {
-            return new Way(by, true, output, widen, activates, narrow, head, adds);
-        }
-    }
+    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head, boolean adds) {}
 
     /** A product's sizes, what it reads and writes, and enough of its weights that no cache holds them. */
     private record Operands(Size size, Tensor x, long[] weights, Tensor out) {}
@@ -157,6 +153,11 @@ final class CudaProducts implements AutoCloseable {
         int layers = (int) Math.min(config.layers(), Math.max(LEAST_TIMED, Math.ceilDiv(TIMED_BYTES, bytes)));
         long[] weights = IntStream.range(0, layers).mapToLong(layer -> arena.layer(layer).weight(role).address()).toArray();
         return new Operands(new Size(kind, n, k), x, weights, out);
+    }
+
+    /** {@return the number of rows, at least these, whose fastest way is taken for theirs} */
+    static int like(int rows) {
+        return FewRows.computes(rows) ? rows : HopperProducts.like(rows);
     }
 
     /** {@return the way for many rows, of a step with prompts, and for the rows that logits are wanted of} */
@@ -268,31 +269,27 @@ final class CudaProducts implements AutoCloseable {
     }
 
     /**
-     * Product by product the faster of Tandem's and cuBLAS's; in both forms the widening one, which may apply the activation, and that of
-     * queries, keys and values, which may rotate. Then Tandem's alone, with the norms.
+     * Product by product the faster of Tandem's and cuBLAS's, and in both forms the widening one, which may apply the activation; that of
+     * queries, keys and values rotates where it can. Then Tandem's alone, with the norms.
      */
     private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
-        Product byQkv = faster(own, rows, qkv, byCublas.qkv);
+        boolean rotates = HopperProducts.rotates(config.headDim());
+        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated()) : null;
+        Product byQkv = rotated == null ? faster(own, rows, qkv, byCublas.qkv) : rotating(rotated, RowSquares.NONE);
         Product byOutput = faster(own, rows, output, byCublas.output);
         Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
         Product byHead = faster(own, rows, head, byCublas.head);
         if (activates()) {
             // Its result goes where the activation's would.
             Product byGated = gated(tune(own, rows, gated), RowSquares.NONE);
-            found.add(new Way(byQkv, false, byOutput, byGated, true, byNarrow, byHead, false));
-            found.add(new Way(byQkv, false, byOutput, Product.of(byCublas.widen), false, byNarrow, byHead, false));
+            found.add(new Way(byQkv, rotates, byOutput, byGated, true, byNarrow, byHead, false));
+            found.add(new Way(byQkv, rotates, byOutput, Product.of(byCublas.widen), false, byNarrow, byHead, false));
         } else {
             Product byWiden = faster(own, rows, widen, byCublas.widen);
-            found.add(new Way(byQkv, false, byOutput, byWiden, false, byNarrow, byHead, false));
+            found.add(new Way(byQkv, rotates, byOutput, byWiden, false, byNarrow, byHead, false));
         }
-        if (HopperProducts.rotates(config.headDim())) {
-            HopperProducts.Product rotated = tune(own, rows, rotated());
-            List<Way> others = List.copyOf(found.subList(1, found.size()));
-            Product alone = rotating(rotated, RowSquares.NONE);
-            others.forEach(way -> found.add(way.rotating(alone)));
-            if (addsNorms()) {
-                found.add(withNorms(own, rows, rotated, byHead));
-            }
+        if (rotated != null && addsNorms()) {
+            found.add(withNorms(own, rows, rotated, byHead));
         }
     }
 
