@@ -21,8 +21,8 @@ import java.util.List;
 
 /**
  * Every kernel, copy and fill of a GPU while something runs, with its times on the device, as CUPTI records them: {@code libcupti.so.13} of
- * the CUDA toolkit, which torch's packages bring, too, on {@code LD_LIBRARY_PATH}. One for a process, made before anything else uses the
- * GPU, so that the kernels of graphs are recorded one by one.
+ * the CUDA toolkit, which torch's packages bring, too, on {@code LD_LIBRARY_PATH}. One for a process, made before graphs are
+ * recorded, so that their kernels are recorded one by one.
  */
 final class DeviceActivity {
     // Kinds of records, and where they have what is wanted (cupti_activity.h; the same in all its versions).

@@ -46,6 +46,7 @@ final class KernelTable {
     }
 
     public static void main(String[] args) {
+        Cuda.require(CUDA);
         KernelTable table = new KernelTable(new DeviceActivity());
         String shape = args[1];
         switch (args[0]) {
