@@ -44,6 +44,7 @@ final class CudaProducts implements AutoCloseable {
     private final ModelConfig config;
     private final Buffers buffers;
     private final Rotation rotation;
+    private final int attentionBytes;
     private final CublasLt cublas;
     /** Of steps with prompts. */
     private final LargeProducts large;
@@ -100,7 +101,8 @@ final class CudaProducts implements AutoCloseable {
      * @param adds whether {@code output} and {@code narrow} add to the residual stream and prepare the norm that follows, which the next
      *     product completes; they write no {@code out}, and the only norm that is left before a product is the first layer's first
      */
-    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head, boolean adds) {}
+    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head,
+            boolean adds) {}
 
     /** A product's sizes, what it reads and writes, and enough of its weights that no cache holds them. */
     private record Operands(Size size, Tensor x, long[] weights, Tensor out) {}
@@ -111,13 +113,15 @@ final class CudaProducts implements AutoCloseable {
 
     /**
      * @param rotation of the tokens of a decoding step
+     * @param attentionBytes of shared memory of a block of the decode attention
      * @param options that say how pages are cut
      */
-    CudaProducts(Device device, WeightArena arena, Buffers buffers, Rotation rotation, GeneratorOptions options) {
+    CudaProducts(Device device, WeightArena arena, Buffers buffers, Rotation rotation, int attentionBytes, GeneratorOptions options) {
         this.device = device;
         this.arena = arena;
         this.buffers = buffers;
         this.rotation = rotation;
+        this.attentionBytes = attentionBytes;
         config = arena.layout().config();
         cublas = new CublasLt(device);
         owned.push(cublas::close);
@@ -138,9 +142,9 @@ final class CudaProducts implements AutoCloseable {
             List<Size> sizes = new ArrayList<>(
                     List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
             if (HopperProducts.rotates(config.headDim())) {
-                sizes.add(rotated().size);
+                sizes.add(rotated(0).size);
                 if (addsNorms()) {
-                    sizes.addAll(List.of(added(output).size, added(narrow).size));
+                    sizes.addAll(List.of(added(output).size, added(narrow).size, rotated(attentionBytes).size));
                 }
             }
             owned.push(own.compileAhead(sizes, options.maxRunning())::close);
@@ -270,11 +274,11 @@ final class CudaProducts implements AutoCloseable {
 
     /**
      * Product by product the faster of Tandem's and cuBLAS's, and in both forms the widening one, which may apply the activation; that of
-     * queries, keys and values rotates where it can. Then Tandem's alone, with the norms.
+     * queries, keys and values rotates where it can. Then Tandem's alone, with the norms, and the same with attention beginning earlier.
      */
     private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
         boolean rotates = HopperProducts.rotates(config.headDim());
-        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated()) : null;
+        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated(0)) : null;
         Product byQkv = rotated == null ? faster(own, rows, qkv, byCublas.qkv) : rotating(rotated, RowSquares.NONE);
         Product byOutput = faster(own, rows, output, byCublas.output);
         Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
@@ -290,6 +294,11 @@ final class CudaProducts implements AutoCloseable {
         }
         if (rotated != null && addsNorms()) {
             found.add(withNorms(own, rows, rotated, byHead));
+            Operands smaller = rotated(attentionBytes);
+            HopperProducts.Product leavingRoom = own.computes(smaller.size, rows) ? tune(own, rows, smaller) : rotated;
+            if (!leavingRoom.variant().equals(rotated.variant())) {
+                found.add(withNorms(own, rows, leavingRoom, byHead));
+            }
         }
     }
 
@@ -348,8 +357,9 @@ final class CudaProducts implements AutoCloseable {
         });
     }
 
-    private Operands rotated() {
-        return new Operands(new Size(Kind.ROTATED, qkv.size.n(), qkv.size.k()), qkv.x, qkv.weights, qkv.out);
+    /** @param room {@link Size#room} */
+    private Operands rotated(int room) {
+        return new Operands(new Size(Kind.ROTATED, qkv.size.n(), qkv.size.k(), room), qkv.x, qkv.weights, qkv.out);
     }
 
     private static Operands added(Operands plain) {
