@@ -15,14 +15,16 @@ import java.lang.foreign.SymbolLookup;
 import java.lang.invoke.MethodHandle;
 import java.lang.invoke.MethodHandles;
 import java.lang.invoke.MethodType;
+import java.util.ArrayDeque;
 import java.util.ArrayList;
 import java.util.Comparator;
+import java.util.Deque;
 import java.util.List;
 
 /**
  * Every kernel, copy and fill of a GPU while something runs, with its times on the device, as CUPTI records them: {@code libcupti.so.13} of
- * the CUDA toolkit, which torch's packages bring, too, on {@code LD_LIBRARY_PATH}. One for a process, made before graphs are
- * recorded, so that their kernels are recorded one by one.
+ * the CUDA toolkit, which torch's packages bring, too, on {@code LD_LIBRARY_PATH}. One for a process, made before CUDA graphs are, so that
+ * their kernels are recorded one by one.
  */
 final class DeviceActivity {
     // Kinds of records, and where they have what is wanted (cupti_activity.h; the same in all its versions).
@@ -40,6 +42,7 @@ final class DeviceActivity {
     private final Arena arena = Arena.global(); // CUPTI may call until the process ends
     private final MethodHandle nextRecord;
     private final MethodHandle flush;
+    private final Deque<MemorySegment> buffers = new ArrayDeque<>();
     private List<Interval> intervals = new ArrayList<>();
 
     /** What the device did, from when to when in nanoseconds of its clock. */
@@ -84,8 +87,9 @@ final class DeviceActivity {
     }
 
     /** CUPTI asks for a buffer. */
-    private void requested(MemorySegment buffer, MemorySegment size, MemorySegment mostRecords) {
-        buffer.reinterpret(ADDRESS.byteSize()).set(ADDRESS, 0, arena.allocate(BUFFER_BYTES, 8));
+    private synchronized void requested(MemorySegment buffer, MemorySegment size, MemorySegment mostRecords) {
+        MemorySegment free = buffers.isEmpty() ? arena.allocate(BUFFER_BYTES, 8) : buffers.pop();
+        buffer.reinterpret(ADDRESS.byteSize()).set(ADDRESS, 0, free);
         size.reinterpret(JAVA_LONG.byteSize()).set(JAVA_LONG, 0, BUFFER_BYTES);
         mostRecords.reinterpret(JAVA_LONG.byteSize()).set(JAVA_LONG, 0, 0); // as many as fit
     }
@@ -103,6 +107,7 @@ final class DeviceActivity {
                 };
                 intervals.add(new Interval(name.intern(), found.get(JAVA_LONG, START), found.get(JAVA_LONG, END)));
             }
+            buffers.push(buffer);
         } catch (Throwable e) {
             e.printStackTrace(); // an upcall must not throw
         }
