@@ -13,7 +13,6 @@ import dev.tandem.generation.HopperProducts.Kind;
 import dev.tandem.generation.HopperProducts.Variant;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.testing.Gpu;
-import dev.tandem.testing.TinyModels;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
@@ -33,9 +32,7 @@ class AddedProductTest extends KernelTest {
     @CsvSource({"1024, 3072", "896, 4864", "1536, 8960", "4096, 1032"})
     void equalsProductAndNorm(int width, int inner) {
         assumeTrue(HopperProducts.runsOn(CUDA), "a Hopper GPU");
-        ModelConfig config = TinyModels.of("{\"model_type\":\"llama\",\"num_hidden_layers\":1,\"vocab_size\":1000,"
-                + "\"max_position_embeddings\":512,\"intermediate_size\":" + inner + ",\"hidden_size\":" + width
-                + ",\"num_attention_heads\":8,\"num_key_value_heads\":2,\"head_dim\":64}");
+        ModelConfig config = ModelConfig.llama(1000, width, 1, 8, 2, inner, 512).withHeadDim(64);
         GeneratorOptions options = GeneratorOptions.defaults();
         Kernel norm = load(config, options, "layer.cu").getFirst().kernel("residualNorm");
         try (HopperProducts products = new HopperProducts(CUDA, config, options)) {
