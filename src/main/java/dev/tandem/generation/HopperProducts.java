@@ -238,18 +238,10 @@ final class HopperProducts implements AutoCloseable {
          * @param rotation the arguments of {@code rotateAndWrite} after its first, which is the product's result
          */
         void rotate(long x, long weight, RowSquares squares, Object... rotation) {
-            Object[] arguments = new Object[5 + rotation.length + 4];
-            arguments[0] = input(x);
-            arguments[1] = matrix(weight);
-            arguments[2] = rows;
-            arguments[3] = k;
-            arguments[4] = n;
-            System.arraycopy(rotation, 0, arguments, 5, rotation.length);
-            arguments[5 + rotation.length] = squares.address();
-            arguments[6 + rotation.length] = squares.stride();
-            arguments[7 + rotation.length] = squares.epsilon();
-            arguments[8 + rotation.length] = Prefetch.NONE.argument();
-            kernel.launch(device, grid, arguments);
+            List<Object> arguments = new ArrayList<>(List.of(input(x), matrix(weight), rows, k, n));
+            arguments.addAll(List.of(rotation));
+            arguments.addAll(List.of(squares.address(), squares.stride(), squares.epsilon(), Prefetch.NONE.argument()));
+            kernel.launch(device, grid, arguments.toArray());
         }
 
         /** {@return what this reads first of a weight: the beginnings of the rows of its first tiles, or of the parts that blocks share} */

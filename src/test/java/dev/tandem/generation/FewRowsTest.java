@@ -8,7 +8,6 @@ import dev.tandem.device.KernelModule.Kernel;
 import dev.tandem.device.Tensor;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.testing.Gpu;
-import dev.tandem.testing.TinyModels;
 import java.util.ArrayList;
 import java.util.List;
 import org.junit.jupiter.api.AfterEach;
@@ -106,9 +105,7 @@ class FewRowsTest extends KernelTest {
     @ParameterizedTest(name = "width {0}, inner {1}")
     @CsvSource({"1024, 3072", "896, 4864", "1536, 8960", "4096, 1032", "128, 192"})
     void completesNorms(int width, int inner) {
-        ModelConfig config = TinyModels.of("{\"model_type\":\"llama\",\"num_hidden_layers\":1,\"vocab_size\":1000,"
-                + "\"max_position_embeddings\":512,\"intermediate_size\":" + inner + ",\"hidden_size\":" + width
-                + ",\"num_attention_heads\":8,\"num_key_value_heads\":2,\"head_dim\":64}");
+        ModelConfig config = ModelConfig.llama(1000, width, 1, 8, 2, inner, 512).withHeadDim(64);
         Kernel norm = load(config, GeneratorOptions.defaults(), "layer.cu").getFirst().kernel("residualNorm");
         assertTrue(FewRows.completesNorm(width));
         Tensor weight = matrix(1 / Math.sqrt(inner), width, inner);

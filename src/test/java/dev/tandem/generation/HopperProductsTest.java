@@ -13,7 +13,6 @@ import dev.tandem.generation.HopperProducts.Kind;
 import dev.tandem.generation.HopperProducts.Variant;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.testing.Gpu;
-import dev.tandem.testing.TinyModels;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
@@ -34,9 +33,7 @@ class HopperProductsTest extends KernelTest {
 
     private static ModelConfig config(int width, int inner) {
         assumeTrue(HopperProducts.runsOn(CUDA), "a Hopper GPU");
-        return TinyModels.of("{\"model_type\":\"llama\",\"num_hidden_layers\":1,\"vocab_size\":1000,"
-                + "\"max_position_embeddings\":512,\"intermediate_size\":" + inner + ",\"hidden_size\":" + width
-                + ",\"num_attention_heads\":8,\"num_key_value_heads\":2,\"head_dim\":64}");
+        return ModelConfig.llama(1000, width, 1, 8, 2, inner, 512).withHeadDim(64);
     }
 
     @ParameterizedTest(name = "{0} columns, {1} rows of weights")

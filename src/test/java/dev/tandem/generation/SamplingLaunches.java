@@ -1,8 +1,8 @@
 package dev.tandem.generation;
 
-import static dev.tandem.generation.KernelTest.CUDA;
-import static dev.tandem.generation.KernelTest.ints;
-import static dev.tandem.generation.KernelTest.poison;
+import static dev.tandem.testing.CudaTest.CUDA;
+import static dev.tandem.testing.CudaTest.ints;
+import static dev.tandem.testing.CudaTest.poison;
 import static java.lang.foreign.ValueLayout.JAVA_INT;
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;

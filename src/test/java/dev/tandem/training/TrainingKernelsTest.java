@@ -1,34 +1,25 @@
 package dev.tandem.training;
 
-import static org.junit.jupiter.api.Assertions.assertArrayEquals;
-import static org.junit.jupiter.api.Assertions.assertTrue;
-
-import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
-import dev.tandem.device.Scope;
 import dev.tandem.device.Tensor;
-import dev.tandem.device.Tensor.RandomStream;
 import dev.tandem.model.Decoder;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.model.Norm;
+import dev.tandem.testing.CudaTest;
 import dev.tandem.testing.Gpu;
 import dev.tandem.testing.TinyModels;
 import dev.tandem.training.LayerOperations.Backward;
 import dev.tandem.training.LayerOperations.Heads;
 import dev.tandem.training.LayerOperations.Normed;
-import java.util.Objects;
 import java.util.stream.LongStream;
 import org.jspecify.annotations.Nullable;
-import org.junit.jupiter.api.AfterEach;
-import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
 /** Each kernel of training by itself against libtorch's operations in float32 on the CPU, on the same BFLOAT16 numbers. */
 @Gpu
-class TrainingKernelsTest {
-    private static final Device CUDA = Device.cuda(0);
+class TrainingKernelsTest extends CudaTest {
     /** Of the largest number: what a few roundings to BFLOAT16 leave. */
     private static final double TOLERANCE = 1e-2;
 
@@ -37,36 +28,20 @@ class TrainingKernelsTest {
              "intermediate_size":1000,"vocab_size":515,"max_position_embeddings":512,"rope_theta":10000.0,
              "hidden_act":"gelu_pytorch_tanh"}""";
 
-    private final RandomStream random = new RandomStream(23);
-    private Scope scope;
-
-    @BeforeEach
-    void begin() {
-        Cuda.use(CUDA);
-        scope = Scope.open();
-    }
-
-    @AfterEach
-    void end() {
-        scope.close();
-        random.close();
-    }
-
     /** Numbers on both devices. */
     private record Both(Tensor kernels, Tensor reference) {}
 
-    private Both normal(double deviation, long... shape) {
-        Tensor single = Tensor.empty(CUDA, DType.FLOAT32, shape).normalInPlace(0, deviation, random);
-        return onBoth(single.to(DType.BFLOAT16));
+    private Both both(double deviation, long... shape) {
+        return onBoth(normal(deviation, shape));
     }
 
     private Both floats(long... shape) {
-        Tensor single = Tensor.empty(CUDA, DType.FLOAT32, shape).normalInPlace(0, 1, random);
+        Tensor single = normalFloats(1, shape);
         return new Both(single, single.on(Device.cpu()).copy());
     }
 
-    private @Nullable Both normalIf(boolean wanted, double deviation, long... shape) {
-        return wanted ? normal(deviation, shape) : null;
+    private @Nullable Both bothIf(boolean wanted, double deviation, long... shape) {
+        return wanted ? both(deviation, shape) : null;
     }
 
     private static Both onBoth(Tensor x) {
@@ -82,11 +57,7 @@ class TrainingKernelsTest {
     }
 
     private static void compare(String what, Tensor found, Tensor expected) {
-        assertArrayEquals(expected.shape(), found.shape(), what);
-        double largest = expected.abs().max().item();
-        double difference = found.on(Device.cpu()).to(DType.FLOAT32).sub(expected.to(DType.FLOAT32)).abs().max().item();
-        System.out.printf("%s: largest difference %.1e of %.3g%n", what, difference / largest, largest);
-        assertTrue(difference <= TOLERANCE * largest, () -> what + ": largest difference " + difference + " of " + largest);
+        compare(what, found, expected.on(CUDA), TOLERANCE);
     }
 
     private static ModelConfig config(String family) {
@@ -108,7 +79,7 @@ class TrainingKernelsTest {
             norms(what, config, tokens, found, expected);
             heads(what, config, tokens, found, expected);
             activations(what, config, tokens, found, expected);
-            Both x = normal(1, tokens, config.hiddenSize());
+            Both x = both(1, tokens, config.hiddenSize());
             Both sums = floats(config.hiddenSize());
             found.addColumnSums(x.kernels, sums.kernels);
             expected.addColumnSums(x.reference, sums.reference);
@@ -119,10 +90,10 @@ class TrainingKernelsTest {
     private void norms(String what, ModelConfig config, int tokens, LayerOperations found, LayerOperations expected) {
         int width = config.hiddenSize();
         boolean layerNorm = config.norm() == Norm.LAYER;
-        Both x = normal(3, tokens, width);
-        Both weight = normal(1, width);
-        Both bias = normalIf(layerNorm, 1, width);
-        Tensor addend = normal(1, tokens, width).kernels;
+        Both x = both(3, tokens, width);
+        Both weight = both(1, width);
+        Both bias = bothIf(layerNorm, 1, width);
+        Tensor addend = both(1, tokens, width).kernels;
         Normed added = found.norm(x.kernels, addend, weight.kernels, kernels(bias));
         compare(what + "residual sum", added.sum(), x.reference.add(addend.on(Device.cpu()).to(DType.FLOAT32)));
         Both sum = onBoth(added.sum());
@@ -130,8 +101,8 @@ class TrainingKernelsTest {
         compare(what + "norm of a sum", added.normed(), again.normed());
         compare(what + "norm", found.norm(sum.kernels, null, weight.kernels, kernels(bias)).normed(), again.normed());
 
-        Both byNormed = normal(1, tokens, width);
-        Both byOthers = normal(0.3, tokens, width);
+        Both byNormed = both(1, tokens, width);
+        Both byOthers = both(0.3, tokens, width);
         Both weightGradient = floats(width);
         Both biasGradient = layerNorm ? floats(width) : null;
         Backward back = found.normBackward(byNormed.kernels, sum.kernels, added.statistics(), weight.kernels, kernels(bias),
@@ -149,19 +120,19 @@ class TrainingKernelsTest {
     private void heads(String what, ModelConfig config, int tokens, LayerOperations found, LayerOperations expected) {
         int dim = config.headDim();
         long width = (config.heads() + 2L * config.kvHeads()) * dim;
-        Both qkv = normal(1, tokens, width);
-        Both bias = normalIf(config.qkvBias(), 1, width);
-        Both queryNorm = normalIf(config.qkNorm(), 1, dim);
-        Both keyNorm = normalIf(config.qkNorm(), 1, dim);
+        Both qkv = both(1, tokens, width);
+        Both bias = bothIf(config.qkvBias(), 1, width);
+        Both queryNorm = bothIf(config.qkNorm(), 1, dim);
+        Both keyNorm = bothIf(config.qkNorm(), 1, dim);
         Heads rotated = found.heads(qkv.kernels, kernels(bias), kernels(queryNorm), kernels(keyNorm));
         Heads wanted = expected.heads(qkv.reference, reference(bias), reference(queryNorm), reference(keyNorm));
         compare(what + "queries", rotated.query(), wanted.query());
         compare(what + "keys", rotated.key(), wanted.key());
         compare(what + "values", rotated.value(), wanted.value());
 
-        Both byQuery = normal(1, tokens, config.heads(), dim);
-        Both byKey = normal(1, tokens, config.kvHeads(), dim);
-        Both byValue = normal(1, tokens, config.kvHeads(), dim);
+        Both byQuery = both(1, tokens, config.heads(), dim);
+        Both byKey = both(1, tokens, config.kvHeads(), dim);
+        Both byValue = both(1, tokens, config.kvHeads(), dim);
         Both queryGradient = config.qkNorm() ? floats(dim) : null;
         Both keyGradient = config.qkNorm() ? floats(dim) : null;
         Tensor back = found.headsBackward(new Heads(byQuery.kernels, byKey.kernels, byValue.kernels), qkv.kernels, kernels(bias),
@@ -178,9 +149,9 @@ class TrainingKernelsTest {
     private void activations(String what, ModelConfig config, int tokens, LayerOperations found, LayerOperations expected) {
         long inner = config.intermediateSize();
         long width = config.gatedMlp() ? 2 * inner : inner;
-        Both widened = normal(2, tokens, width);
-        Both bias = normalIf(config.mlpBias(), 1, width);
-        Both byActivated = normal(1, tokens, inner);
+        Both widened = both(2, tokens, width);
+        Both bias = bothIf(config.mlpBias(), 1, width);
+        Both byActivated = both(1, tokens, inner);
         compare(what + "activation", found.activate(widened.kernels, kernels(bias)), expected.activate(widened.reference, reference(bias)));
         Backward back = found.activateBackward(widened.kernels, kernels(bias), byActivated.kernels);
         Backward wanted = expected.activateBackward(widened.reference, reference(bias), byActivated.reference);
@@ -193,8 +164,8 @@ class TrainingKernelsTest {
     @CsvSource({"1, 151936, 64", "37, 515, 576", "19, 151939, 64"})
     void logprobHeads(int rows, int vocabulary, int width) {
         ModelConfig config = ModelConfig.llama(vocabulary, 576, 1, 9, 3, 1536, 128);
-        Both matrix = normal(0.1, vocabulary, width);
-        Both hidden = normal(1, rows, width);
+        Both matrix = both(0.1, vocabulary, width);
+        Both hidden = both(1, rows, width);
         Tensor targets = Tensor.of(CUDA, LongStream.range(0, rows).map(i -> i * (vocabulary / rows)).toArray());
         Tensor targetsOnHost = targets.on(Device.cpu());
         Both byLogprob = floats(rows);
