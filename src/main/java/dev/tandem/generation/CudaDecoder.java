@@ -360,7 +360,7 @@ final class CudaDecoder implements AutoCloseable {
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
                     tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale,
-                    input.layout().readsNew() ? 0 : 1, (Prefetch.BY_ATTENTION ? next : Prefetch.NONE).argument());
+                    input.layout().readsNew() ? 0 : 1, next.argument());
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,

@@ -85,7 +85,7 @@ final class CudaProducts implements AutoCloseable {
         }
 
         void run(int layer, Tensor x, Tensor weight, Tensor out, Prefetch next) {
-            computation.run(layer, x, weight, out, Prefetch.BY_PRODUCTS ? next : Prefetch.NONE);
+            computation.run(layer, x, weight, out, next);
         }
 
         Prefetch prefetch(Tensor weight) {

@@ -18,10 +18,6 @@ record Prefetch(long address, long rows, long stride, long bytes) {
 
     private static final int LINE = 128;
 
-    // For measuring only: which kernels fetch.
-    static final boolean BY_ATTENTION = Boolean.parseBoolean(System.getProperty("dev.tandem.prefetchByAttention", "true"));
-    static final boolean BY_PRODUCTS = Boolean.parseBoolean(System.getProperty("dev.tandem.prefetchByProducts", "true"));
-
     /** {@return the beginnings of pieces, as long as they may be in all}
      * @param length bytes of a whole piece, which is where the next one begins
      */
