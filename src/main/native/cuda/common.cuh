@@ -47,27 +47,6 @@ DEVICE void followPredecessor() {
     awaitPredecessor();
 }
 
-// What the product that follows reads first of its weight: `rows` pieces of `bytes` bytes, `stride` bytes apart, all multiples of 16. A
-// kernel asks for them when its own reads are under way, so that the memory does not idle while kernels give way to each other. The L2
-// cache keeps them until then, where little else is read in between; nothing depends on that.
-struct Prefetch {
-    const char* from;
-    u64 rows, stride, bytes;
-};
-
-// The share of one of `threads` threads.
-DEVICE void prefetch(const Prefetch& next, u32 thread, u32 threads) {
-#if __CUDA_ARCH__ >= 900
-    const u32 PIECE = 1024;
-    u32 bytes = (u32) next.bytes, inRow = (bytes + PIECE - 1) / PIECE, pieces = (u32) next.rows * inRow;
-    for (u32 i = thread; i < pieces; i += threads) {
-        u32 at = i % inRow * PIECE;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     ::"l"(next.from + i / inRow * next.stride + at), "r"(min(PIECE, bytes - at)) : "memory");
-    }
-#endif
-}
-
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
 // ---- warps: all 32 lanes take part -----------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@
 //   oldPages  not 0: the kernel right before this one, which lets this one start early, writes of what is read here only the query
 //             and each row's newest key and value; everything else was complete when that one let this one start, and is read
 //             before it ends. 0: nothing is read before
-//   next      of the product after this kernel (common.cuh)
 // where maxItems bounds the number of items, as max(wantedItems, (tokens of all rows) / SPLIT) + maxRows always does.
 //
 // Launches. planDecode: 1 block of PLAN_THREADS. decodeAttention: blocks of 32 * WARPS threads, multiprocessors x resident blocks
@@ -290,8 +289,7 @@ DEVICE void gatherSplits(const float* partials, const int* unit, int warp, int l
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT_BLOCKS)
 decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int layers,
                 const int* blockTable, int maxBlocksPerSlot, const int* work,
-                const int* workCount, int maxItems, float* partials, int* counters, float scale, int oldPages,
-                const Prefetch next) {
+                const int* workCount, int maxItems, float* partials, int* counters, float scale, int oldPages) {
     admitSuccessor();
     if (!oldPages) {
         awaitPredecessor();
@@ -338,13 +336,7 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     UNROLL for (int i = 0; i < FIRST_UNITS; i++) {
         firstWords[i] = loadItem(warp + i * WARPS);
     }
-    auto prefetchNext = [&]() {
-        if (warp == 0) {
-            prefetch(next, blockIdx.x * 32 + lane, gridDim.x * 32);
-        }
-    };
     if (blockIdx.x >= units) {
-        prefetchNext();
         awaitPredecessor();  // the next kernel takes the end of this one for that of all before it
         return;
     }
@@ -420,7 +412,6 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     const u32 keyOffset = tileOffset(lane % 16, lane / 16);
     const u32 valueOffset = TILE_BYTES + tileOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     u32 stage = ring;
-    bool ended = false;
     for (u32 n = 0;; n++) {
         const int* unit = unitAt(n);
         const int tokens = unit[TOKENS];
@@ -489,14 +480,8 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
             copyTile(stage + TILE_BYTES, source + HEADS_BYTES);
             stage = stage == ring + (STAGES - 1) * STAGE_BYTES ? ring : stage + STAGE_BYTES;
         }
-        if (steps == 0) {  // past the last unit: two rounds more where it is to be counted and merged
-            if (!ended) {
-                prefetchNext();
-                ended = true;
-            }
-            if (unitAt(n - 1)[SPLITS] <= 1 && (n < 2 || unitAt(n - 2)[SPLITS] <= 1)) {
-                return;
-            }
+        if (steps == 0 && unitAt(n - 1)[SPLITS] <= 1 && (n < 2 || unitAt(n - 2)[SPLITS] <= 1)) {
+            return;  // past the last unit; where it, or the one before, is split, two rounds more: it is to be counted and merged
         }
         loadQuery(unitAt(n + 1));
 

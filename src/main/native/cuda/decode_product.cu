@@ -31,8 +31,6 @@
 // the sum by the norm's weight, and leaves sums of squares of 64 columns each; the product after it takes these rows, and multiplies its
 // own sums by the row's factor, which idle warps compute meanwhile (RowNorm). Partial sums are added in the order of columns.
 //
-// Every kernel ends with a Prefetch (common.cuh) for the product after it.
-//
 // Layouts, row-major: weight [n][k] (multiplyGated [2 n][k], the gates first, n a multiple of 8), x [rows or more][k], both
 // aligned to 16 bytes, k a multiple of 8; out [rows][outStride], of which n columns are written. multiplyRotated: see there.
 //
@@ -438,8 +436,7 @@ struct Rotation {
 // ---- the kernel ------------------------------------------------------------------------------------------------------------
 
 template <typename Result>
-DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Result& result, int rows, int k, int n,
-                          const Prefetch& next) {
+DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Result& result, int rows, int k, int n) {
     const int COLUMNS = GROUPS * Result::COLUMNS;  // of out
     extern __shared__ unsigned char memory[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
@@ -522,10 +519,6 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
                     meet(GROUPS + 1, CONSUMERS + 96);  // the consumers are done with the other half
                 }
             }
-        }
-        __syncwarp();
-        if (threadIdx.x < CONSUMERS + 32) {  // the producer's warp, all of whose loads are under way
-            prefetch(next, blockIdx.x * 32 + threadIdx.x - CONSUMERS, gridDim.x * 32);
         }
         __syncwarp();
         if (SPLIT > 1) {
@@ -615,7 +608,7 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
     }
 }
 
-#define MULTIPLY(...) multiplyTiles(&x, &weight, __VA_ARGS__, rows, k, n, next)
+#define MULTIPLY(...) multiplyTiles(&x, &weight, __VA_ARGS__, rows, k, n)
 #else
 #define MULTIPLY(...) asm("trap;")
 #endif
@@ -629,25 +622,25 @@ DEVICE void multiplyTiles(const TensorMap* x, const TensorMap* weight, const Res
 #ifndef HEAD_DIM
 
 KERNEL multiply(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
-                int outStride, const Prefetch next) {
+                int outStride) {
     MULTIPLY((Output<bf16, false> {out, outStride, n}));
 }
 
 // For logits.
 KERNEL multiplyToFloat(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, float* out, int rows, int k,
-                       int n, long long outStride, const Prefetch next) {
+                       int n, long long outStride) {
     MULTIPLY((Output<float, false> {out, outStride, n}));
 }
 
 // out = silu(gate) * up. squares and what follows: RowNorm.
 KERNEL multiplyGated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* out, int rows, int k, int n,
-                     int outStride, const float* squares, int squaresStride, float normEpsilon, const Prefetch next) {
+                     int outStride, const float* squares, int squaresStride, float normEpsilon) {
     MULTIPLY((Output<bf16, true> {out, outStride, n, {squares, squaresStride, normEpsilon, k}}));
 }
 
 // residual += x weight^T; see Residual.
 KERNEL multiplyAdded(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, bf16* residual, int rows, int k, int n,
-                     const bf16* norm, bf16* scaled, float* squares, int squaresStride, const Prefetch next) {
+                     const bf16* norm, bf16* scaled, float* squares, int squaresStride) {
     MULTIPLY((Residual {residual, n, norm, scaled, squares, squaresStride}));
 }
 
@@ -660,7 +653,7 @@ KERNEL multiplyRotated(const __grid_constant__ TensorMap x, const __grid_constan
                        const bf16* qkvBias, const bf16* queryNorm, const bf16* keyNorm, float epsilon, const float* cosine,
                        const float* sine, const int* positions, const int* tokenSlot, const int* blockTable, int maxBlocksPerSlot,
                        bf16* kv, int layer, int layers, bf16* query, const int* tokenCount, const float* squares, int squaresStride,
-                       float normEpsilon, const Prefetch next) {
+                       float normEpsilon) {
     MULTIPLY((Rotation {qkvBias, queryNorm, keyNorm, epsilon, cosine, sine, positions, tokenSlot, blockTable, maxBlocksPerSlot, kv, layer,
                         layers, query, tokenCount, {squares, squaresStride, normEpsilon, k}}));
 }

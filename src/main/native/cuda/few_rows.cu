@@ -27,8 +27,6 @@
 // weight, and leaves sums of squares of 8 columns each; multiply and multiplyGated take these rows and multiply their own sums by the
 // row's factor (Norm). What they need for it is asked for before the products begin and looked at when they are done.
 //
-// Every kernel ends with a Prefetch (common.cuh) for the product after it.
-//
 // Layouts, all row-major: x [ROWS][k], aligned to 16 bytes; weight [n][k] (multiplyGated: [2 n][k], the gates first), likewise; out
 // [ROWS][outStride] of which n columns are written (multiplyGated: [ROWS][n]). k is a multiple of 8, n any number. The host pads
 // rows up to ROWS; what the padding holds is indifferent to the others.
@@ -115,7 +113,7 @@ struct Norm {
 // Calls finish(row, column, sums, ahead) for each element of out, sums [GROUPS] being its products with weight rows column and, if GROUPS
 // is 2, n + column, and ahead what ask(row, column) gave before the products began.
 template <int GROUPS, typename Ask, typename Finish>
-DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Norm norm, const Prefetch& next, Ask ask, Finish finish) {
+DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Norm norm, Ask ask, Finish finish) {
     const int VECTORS = LOADS / GROUPS, STEP = 32 * VECTORS;
     const int CHAINS = 2 / GROUPS;  // vectors whose parts of x share B
     const int WHOLE = 1 << 30;
@@ -133,9 +131,6 @@ DEVICE void multiplyTiles(const bf16* x, const bf16* weight, int k, int n, Norm 
             } else {
                 load<true, 32>(weights[group], at, k - from - 8 * t);
             }
-        }
-        if (warp == 0 && tile + gridDim.x >= tiles && from + warps * STEP >= k) {
-            prefetch(next, blockIdx.x * 32 + threadIdx.x, gridDim.x * 32);
         }
     };
 
@@ -224,26 +219,24 @@ struct Nothing {};
 DEVICE Nothing askNothing(int, int) { return {}; }
 
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
-        multiply(const bf16* x, const bf16* weight, bf16* out, int k, int n, int outStride, const float* squares, float normEpsilon,
-                 const Prefetch next) {
-    multiplyTiles<1>(x, weight, k, n, {squares, normEpsilon}, next, askNothing, [&](int row, int column, const float (&sums)[1], Nothing) {
+        multiply(const bf16* x, const bf16* weight, bf16* out, int k, int n, int outStride, const float* squares, float normEpsilon) {
+    multiplyTiles<1>(x, weight, k, n, {squares, normEpsilon}, askNothing, [&](int row, int column, const float (&sums)[1], Nothing) {
         out[(long long) row * outStride + column] = toBf16(sums[0]);
     });
 }
 
 // For logits.
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
-        multiplyToFloat(const bf16* x, const bf16* weight, float* out, int k, int n, long long outStride, const Prefetch next) {
-    multiplyTiles<1>(x, weight, k, n, {}, next, askNothing, [&](int row, int column, const float (&sums)[1], Nothing) {
+        multiplyToFloat(const bf16* x, const bf16* weight, float* out, int k, int n, long long outStride) {
+    multiplyTiles<1>(x, weight, k, n, {}, askNothing, [&](int row, int column, const float (&sums)[1], Nothing) {
         out[row * outStride + column] = sums[0];
     });
 }
 
 // out = silu(gate) * up.
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
-        multiplyGated(const bf16* x, const bf16* weight, bf16* out, int k, int n, const float* squares, float normEpsilon,
-                      const Prefetch next) {
-    multiplyTiles<2>(x, weight, k, n, {squares, normEpsilon}, next, askNothing, [&](int row, int column, const float (&sums)[2], Nothing) {
+        multiplyGated(const bf16* x, const bf16* weight, bf16* out, int k, int n, const float* squares, float normEpsilon) {
+    multiplyTiles<2>(x, weight, k, n, {squares, normEpsilon}, askNothing, [&](int row, int column, const float (&sums)[2], Nothing) {
         float gate = stored(sums[0]), up = stored(sums[1]);
         out[(long long) row * n + column] = toBf16(stored(__fdividef(gate, 1.0f + __expf(-gate))) * up);
     });
@@ -252,10 +245,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
 // residual [ROWS][n] += x weight^T, n a multiple of 8. norm [n] null: no more. Else scaled [ROWS][n] = residual * norm, and sums of squares
 // of residual go to squares [ROWS][n / 8].
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2)
-        multiplyAdded(const bf16* x, const bf16* weight, bf16* residual, int k, int n, const bf16* norm, bf16* scaled, float* squares,
-                      const Prefetch next) {
+        multiplyAdded(const bf16* x, const bf16* weight, bf16* residual, int k, int n, const bf16* norm, bf16* scaled, float* squares) {
     multiplyTiles<1>(
-            x, weight, k, n, {}, next,
+            x, weight, k, n, {},
             [&](int row, int column) {
                 return make_float2(toFloat(residual[row * n + column]), norm ? toFloat(norm[column]) : 0.0f);
             },

@@ -136,8 +136,7 @@ public final class KernelModule implements AutoCloseable {
         /**
          * Launches the kernel.
          *
-         * @param arguments Long for pointers and 64-bit integers, Integer, Float, Double, TensorMap, long[] for a struct of such; in the
-         *     order and of the types of the source
+         * @param arguments Long for pointers and 64-bit integers, Integer, Float, Double, TensorMap; in the order and of the types of the source
          */
         public void launch(Device device, Grid grid, Object... arguments) {
             if (grid.x == 0 || grid.y == 0) {
@@ -148,17 +147,18 @@ public final class KernelModule implements AutoCloseable {
                 MemorySegment addresses = arena.allocate(ValueLayout.JAVA_LONG, arguments.length);
                 for (int i = 0; i < arguments.length; i++) {
                     long at = 8L * i;
-                    long address = values.address() + at;
+                    if (arguments[i] instanceof TensorMap map) {
+                        addresses.setAtIndex(ValueLayout.JAVA_LONG, i, map.address());
+                        continue;
+                    }
                     switch (arguments[i]) {
-                        case TensorMap map -> address = map.address();
-                        case long[] struct -> address = arena.allocateFrom(ValueLayout.JAVA_LONG, struct).address();
                         case Long x -> values.set(ValueLayout.JAVA_LONG, at, x);
                         case Integer x -> values.set(ValueLayout.JAVA_INT, at, x);
                         case Float x -> values.set(ValueLayout.JAVA_FLOAT, at, x);
                         case Double x -> values.set(ValueLayout.JAVA_DOUBLE, at, x);
                         default -> throw new IllegalArgumentException(name + ": argument " + i + " is a " + arguments[i].getClass());
                     }
-                    addresses.setAtIndex(ValueLayout.JAVA_LONG, i, address);
+                    addresses.setAtIndex(ValueLayout.JAVA_LONG, i, values.address() + at);
                 }
                 CudaDriver.launch(function, grid.x, grid.y, grid.threads, grid.rows, grid.sharedBytes, Cuda.stream(device), early,
                         addresses);

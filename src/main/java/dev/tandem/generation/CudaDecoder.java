@@ -301,26 +301,21 @@ final class CudaDecoder implements AutoCloseable {
             for (int layer = 0; layer < config.layers(); layer++) {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
-                    Tensor outputWeight = w.weight(ParameterRole.O_WEIGHT);
-                    Tensor widenWeight = w.weight(CudaProducts.widenRole(config));
-                    Tensor narrowWeight = w.weight(ParameterRole.DOWN_WEIGHT);
                     if (layer == 0 || !by.adds()) {
                         norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
                     }
                     project(layer, w.weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
-                    attend(layer, decodeRows, tiles, by.output().prefetch(outputWeight));
-                    by.output().run(layer, attended, outputWeight, projected, by.widen().prefetch(widenWeight));
+                    attend(layer, decodeRows, tiles);
+                    by.output().run(layer, attended, w.weight(ParameterRole.O_WEIGHT), projected);
                     if (!by.adds()) {
                         norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                                 ParameterRole.MLP_NORM_BIAS);
                     }
-                    by.widen().run(layer, normed, widenWeight, widened, by.narrow().prefetch(narrowWeight));
+                    by.widen().run(layer, normed, w.weight(CudaProducts.widenRole(config)), widened);
                     if (!by.activates()) {
                         activate(w, tokens, count);
                     }
-                    by.narrow().run(layer, activated, narrowWeight, projected, layer + 1 < config.layers()
-                            ? by.qkv().prefetch(arena.layer(layer + 1).weight(ParameterRole.Q_WEIGHT))
-                            : by.head().prefetch(arena.logitMatrix()));
+                    by.narrow().run(layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected);
                     addend = by.adds() ? 0 : projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
@@ -346,21 +341,20 @@ final class CudaDecoder implements AutoCloseable {
 
     /** Queries, keys and values, from the normed states to where attention reads them. */
     private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.Way by) {
-        by.qkv().run(layer, normed, weight, qkv, Prefetch.NONE); // attention would displace it
+        by.qkv().run(layer, normed, weight, qkv);
         if (!by.rotates()) {
             kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), rotation.arguments(layer, qkv.address()));
         }
     }
 
-    /** @param next what to fetch for the product that follows */
-    private void attend(int layer, int decodeRows, int tiles, Prefetch next) {
+    private void attend(int layer, int decodeRows, int tiles) {
         float scale = (float) (1 / Math.sqrt(config.headDim()));
         long tables = input.address(Field.TABLES);
         int width = input.layout().tableWidth();
         if (decodeRows > 0) {
             kernels.decodeAttention.launch(device, decodeGrid, query.address(), attended.address(), pages, layer, config.layers(),
                     tables, width, work.address(), workCount(), maxItems, partials.address(), counters.address(), scale,
-                    input.layout().readsNew() ? 0 : 1, next.argument());
+                    input.layout().readsNew() ? 0 : 1);
         }
         if (tiles > 0) {
             kernels.prefillAttention.launch(device, prefillGrid(config, tiles), query.address(), attended.address(), pages, layer,
@@ -383,7 +377,7 @@ final class CudaDecoder implements AutoCloseable {
         kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                 address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                 hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
-        by.head().run(0, hidden, arena.logitMatrix(), logits, Prefetch.NONE);
+        by.head().run(0, hidden, arena.logitMatrix(), logits);
     }
 
     private long workCount() {

@@ -24,6 +24,7 @@ import dev.tandem.model.WeightArena;
 import java.lang.foreign.MemorySegment;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.Deque;
 import java.util.List;
 import java.util.Map;
@@ -43,6 +44,7 @@ import org.jspecify.annotations.Nullable;
  * wake and optimizer steps. Sampling follows outside the graph, because which kernels it needs depends on the requests.
  */
 final class CudaExecutor implements StepExecutor {
+    private static final System.Logger LOG = System.getLogger(CudaExecutor.class.getName());
     private static final int DEPTH = 2;
     private static final int TILE = 512;
     /** How often the ways to multiply are timed. */
@@ -243,6 +245,7 @@ final class CudaExecutor implements StepExecutor {
                 best = times[i] < times[best] ? i : best;
             }
         }
+        LOG.log(System.Logger.Level.DEBUG, "ms of a step in each way to multiply: {0}", Arrays.toString(times));
         return best;
     }
 

@@ -20,7 +20,6 @@ import java.util.Deque;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
-import java.util.function.LongFunction;
 import java.util.stream.IntStream;
 import java.util.stream.Stream;
 import org.jspecify.annotations.Nullable;
@@ -60,36 +59,15 @@ final class CudaProducts implements AutoCloseable {
     private final Deque<Runnable> owned = new ArrayDeque<>();
 
     /** out = x times the transpose of a weight, with what belongs to the layer besides. */
-    interface Computation {
-        /** @param next what to fetch for the product that follows, where this can */
-        void run(int layer, Tensor x, Tensor weight, Tensor out, Prefetch next);
-    }
-
-    /**
-     * A product of a step.
-     *
-     * @param first what it reads first of a weight at an address, for the kernel before it to fetch
-     */
-    record Product(Computation computation, LongFunction<Prefetch> first) {
-        /** A product for which nothing is fetched, and which fetches nothing. */
-        private static Product of(Computation computation) {
-            return new Product(computation, weight -> Prefetch.NONE);
-        }
+    interface Product {
+        void run(int layer, Tensor x, Tensor weight, Tensor out);
 
         private static Product of(CublasLt.Product by) {
-            return of((layer, x, weight, out, next) -> by.run(x.address(), weight.address(), out.address()));
+            return (layer, x, weight, out) -> by.run(x.address(), weight.address(), out.address());
         }
 
         private static Product of(HopperProducts.Product by) {
-            return new Product((layer, x, weight, out, next) -> by.run(x.address(), weight.address(), out.address(), next), by::prefetch);
-        }
-
-        void run(int layer, Tensor x, Tensor weight, Tensor out, Prefetch next) {
-            computation.run(layer, x, weight, out, next);
-        }
-
-        Prefetch prefetch(Tensor weight) {
-            return first.apply(weight.address());
+            return (layer, x, weight, out) -> by.run(x.address(), weight.address(), out.address());
         }
     }
 
@@ -166,9 +144,9 @@ final class CudaProducts implements AutoCloseable {
 
     /** {@return the way for many rows, of a step with prompts, and for the rows that logits are wanted of} */
     Way large(int rows, int wanted) {
-        Product product = Product.of((layer, x, weight, out, next) -> large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows)));
-        Product head = Product.of((layer, x, weight, out, next) ->
-                out.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(x.narrow(0, 0, wanted), weight));
+        Product product = (layer, x, weight, out) -> large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows));
+        Product head = (layer, x, weight, out) ->
+                out.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(x.narrow(0, 0, wanted), weight);
         return new Way(product, false, product, product, false, product, head, false);
     }
 
@@ -202,8 +180,8 @@ final class CudaProducts implements AutoCloseable {
         owned.push(by::close);
         int width = config.hiddenSize();
         int inner = config.intermediateSize();
-        Product byHead = few(width, config.vocabSize(), (layer, x, weight, out, next) -> by.multiplyToFloat(x.address(), weight.address(),
-                out.address(), width, config.vocabSize(), buffers.logits.size(1), next));
+        Product byHead = (layer, x, weight, out) -> by.multiplyToFloat(x.address(), weight.address(), out.address(), width,
+                config.vocabSize(), buffers.logits.size(1));
         found.add(new Way(
                 plain(by, width, allHeads(), RowSquares.NONE),
                 false,
@@ -226,30 +204,21 @@ final class CudaProducts implements AutoCloseable {
         }
     }
 
-    /** A product of few rows with a weight [n, k]. */
-    private static Product few(int k, int n, Computation computation) {
-        return new Product(computation, weight -> FewRows.prefetch(weight, k, n));
-    }
-
     /** @param squares of the rows of all layers but the first, whose norm is no part of a product */
     private static Product plain(FewRows by, int k, int n, RowSquares squares) {
-        return few(k, n, (layer, x, weight, out, next) ->
-                by.multiply(x.address(), weight.address(), out.address(), k, n, layer == 0 ? RowSquares.NONE : squares, next));
+        return (layer, x, weight, out) ->
+                by.multiply(x.address(), weight.address(), out.address(), k, n, layer == 0 ? RowSquares.NONE : squares);
     }
 
     private Product gated(FewRows by, RowSquares squares) {
-        int width = config.hiddenSize();
-        int inner = config.intermediateSize();
-        return new Product((layer, x, weight, out, next) ->
-                by.multiplyGated(x.address(), weight.address(), buffers.activated.address(), width, inner, squares, next),
-                weight -> FewRows.prefetchGated(weight, width, inner));
+        return (layer, x, weight, out) -> by.multiplyGated(x.address(), weight.address(), buffers.activated.address(),
+                config.hiddenSize(), config.intermediateSize(), squares);
     }
 
     /** @param distance to the layer whose norm follows */
     private Product adding(FewRows by, int k, ParameterRole norm, int distance) {
-        int width = config.hiddenSize();
-        return few(k, width, (layer, x, weight, out, next) -> by.multiplyAdded(x.address(), weight.address(), buffers.residual.address(),
-                k, width, norm(layer + distance, norm), buffers.normed.address(), squares(), next));
+        return (layer, x, weight, out) -> by.multiplyAdded(x.address(), weight.address(), buffers.residual.address(), k,
+                config.hiddenSize(), norm(layer + distance, norm), buffers.normed.address(), squares());
     }
 
     /** cuBLAS's products, in the order of {@link Way}. */
@@ -316,19 +285,18 @@ final class CudaProducts implements AutoCloseable {
 
     /** @param squares of the rows of all layers but the first, whose norm is no part of a product */
     private Product rotating(HopperProducts.Product by, RowSquares squares) {
-        return new Product((layer, x, weight, out, next) ->
-                by.rotate(x.address(), weight.address(), layer == 0 ? RowSquares.NONE : squares, rotation.arguments(layer)), by::prefetch);
+        return (layer, x, weight, out) ->
+                by.rotate(x.address(), weight.address(), layer == 0 ? RowSquares.NONE : squares, rotation.arguments(layer));
     }
 
     private Product gated(HopperProducts.Product by, RowSquares squares) {
-        return new Product((layer, x, weight, out, next) ->
-                by.activate(x.address(), weight.address(), buffers.activated.address(), squares, next), by::prefetch);
+        return (layer, x, weight, out) -> by.activate(x.address(), weight.address(), buffers.activated.address(), squares);
     }
 
     /** @param distance to the layer whose norm follows */
     private Product adding(HopperProducts.Product by, ParameterRole norm, int distance) {
-        return new Product((layer, x, weight, out, next) -> by.add(x.address(), weight.address(), buffers.residual.address(),
-                norm(layer + distance, norm), buffers.normed.address(), squares(), next), by::prefetch);
+        return (layer, x, weight, out) -> by.add(x.address(), weight.address(), buffers.residual.address(),
+                norm(layer + distance, norm), buffers.normed.address(), squares());
     }
 
     /** {@return the address of a norm's weight, or 0 behind the last layer, where the norm is no part of a product} */
@@ -349,11 +317,11 @@ final class CudaProducts implements AutoCloseable {
         long x = of.x.address();
         long out = of.out.address();
         return own.tune(of.size, rows, of.out.size(1), of.weights.length, switch (of.size.kind()) {
-            case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out, Prefetch.NONE);
-            case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE, Prefetch.NONE);
+            case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out);
+            case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE);
             case ROTATED -> (by, i) -> by.rotate(x, of.weights[i], RowSquares.NONE, rotation.arguments(i));
             case ADDED -> (by, i) -> by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(),
-                    squares(), Prefetch.NONE);
+                    squares());
         });
     }
 

@@ -65,20 +65,19 @@ final class FewRows implements AutoCloseable {
      * out [rows, n] = x [rows, k] times the transpose of weight [n, k], all bfloat16 at these addresses.
      *
      * @param squares of the rows, as {@link #multiplyAdded} leaves them, or {@link RowSquares#NONE}
-     * @param next what to fetch for the product that follows
      */
-    void multiply(long x, long weight, long out, int k, int n, RowSquares squares, Prefetch next) {
-        multiply.launch(device, grid(k, n, STEP), x, weight, out, k, n, n, squares.address(), squares.epsilon(), next.argument());
+    void multiply(long x, long weight, long out, int k, int n, RowSquares squares) {
+        multiply.launch(device, grid(k, n, STEP), x, weight, out, k, n, n, squares.address(), squares.epsilon());
     }
 
     /** As {@link #multiply}, to float32. */
-    void multiplyToFloat(long x, long weight, long out, int k, int n, long outStride, Prefetch next) {
-        multiplyToFloat.launch(device, grid(k, n, STEP), x, weight, out, k, n, outStride, next.argument());
+    void multiplyToFloat(long x, long weight, long out, int k, int n, long outStride) {
+        multiplyToFloat.launch(device, grid(k, n, STEP), x, weight, out, k, n, outStride);
     }
 
     /** out [rows, n] = silu(gate) · up, where weight [2 n, k] holds the gate's rows and then those of up; {@link #multiply} otherwise. */
-    void multiplyGated(long x, long weight, long out, int k, int n, RowSquares squares, Prefetch next) {
-        multiplyGated.launch(device, grid(k, n, STEP / 2), x, weight, out, k, n, squares.address(), squares.epsilon(), next.argument());
+    void multiplyGated(long x, long weight, long out, int k, int n, RowSquares squares) {
+        multiplyGated.launch(device, grid(k, n, STEP / 2), x, weight, out, k, n, squares.address(), squares.epsilon());
     }
 
     /**
@@ -88,20 +87,9 @@ final class FewRows implements AutoCloseable {
      * @param norm address of the next norm's weight [n], or 0 and nothing else is written
      * @param scaled address of [rows, n] for the new residual times that weight
      * @param squares where sums of its squares are written, [rows, n / 8]
-     * @param next what to fetch for the product that follows
      */
-    void multiplyAdded(long x, long weight, long residual, int k, int n, long norm, long scaled, RowSquares squares, Prefetch next) {
-        multiplyAdded.launch(device, grid(k, n, STEP), x, weight, residual, k, n, norm, scaled, squares.address(), next.argument());
-    }
-
-    /** {@return what products with a weight [n, k] read first: its first rows} */
-    static Prefetch prefetch(long weight, int k, int n) {
-        return Prefetch.beginnings(weight, 1, 2L * n * k);
-    }
-
-    /** {@return what {@link #multiplyGated} reads first of a weight [2 n, k]: the first rows of the gate and of up} */
-    static Prefetch prefetchGated(long weight, int k, int n) {
-        return Prefetch.beginnings(weight, 2, 2L * n * k);
+    void multiplyAdded(long x, long weight, long residual, int k, int n, long norm, long scaled, RowSquares squares) {
+        multiplyAdded.launch(device, grid(k, n, STEP), x, weight, residual, k, n, norm, scaled, squares.address());
     }
 
     /** The warps of a block share k; as many blocks as are resident share n evenly. */

@@ -200,23 +200,19 @@ final class HopperProducts implements AutoCloseable {
             grid = new Grid(blocks, 1, variant.threads(), 1, shared);
         }
 
-        /**
-         * Runs a product of the kinds PLAIN and FLOAT.
-         *
-         * @param next what to fetch for the product that follows
-         */
-        void run(long x, long weight, long out, Prefetch next) {
+        /** Runs a product of the kinds PLAIN and FLOAT. */
+        void run(long x, long weight, long out) {
             if (kind == Kind.FLOAT) {
-                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, stride, next.argument());
+                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, stride);
             } else {
-                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride, next.argument());
+                kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride);
             }
         }
 
         /** Runs a product of the kind GATED. */
-        void activate(long x, long weight, long out, RowSquares squares, Prefetch next) {
+        void activate(long x, long weight, long out, RowSquares squares) {
             kernel.launch(device, grid, input(x), matrix(weight), out, rows, k, n, (int) stride, squares.address(), squares.stride(),
-                    squares.epsilon(), next.argument());
+                    squares.epsilon());
         }
 
         /**
@@ -227,30 +223,20 @@ final class HopperProducts implements AutoCloseable {
          * @param scaled address of [rows, n] for the new residual times that weight
          * @param squares where sums of its squares are written
          */
-        void add(long x, long weight, long residual, long norm, long scaled, RowSquares squares, Prefetch next) {
-            kernel.launch(device, grid, input(x), matrix(weight), residual, rows, k, n, norm, scaled, squares.address(), squares.stride(),
-                    next.argument());
+        void add(long x, long weight, long residual, long norm, long scaled, RowSquares squares) {
+            kernel.launch(device, grid, input(x), matrix(weight), residual, rows, k, n, norm, scaled, squares.address(), squares.stride());
         }
 
         /**
-         * Runs a product of the kind ROTATED. It fetches nothing: attention follows.
+         * Runs a product of the kind ROTATED.
          *
          * @param rotation the arguments of {@code rotateAndWrite} after its first, which is the product's result
          */
         void rotate(long x, long weight, RowSquares squares, Object... rotation) {
             List<Object> arguments = new ArrayList<>(List.of(input(x), matrix(weight), rows, k, n));
             arguments.addAll(List.of(rotation));
-            arguments.addAll(List.of(squares.address(), squares.stride(), squares.epsilon(), Prefetch.NONE.argument()));
+            arguments.addAll(List.of(squares.address(), squares.stride(), squares.epsilon()));
             kernel.launch(device, grid, arguments.toArray());
-        }
-
-        /** {@return what this reads first of a weight: the beginnings of the rows of its first tiles, or of the parts that blocks share} */
-        Prefetch prefetch(long weight) {
-            Variant variant = choice.variant;
-            int split = k / variant.split % BLOCK == 0 ? variant.split : 1;
-            int tiles = Math.max(1, grid.x() / variant.split / Math.ceilDiv(rows, variant.rows));
-            long weightRows = kind == Kind.GATED ? 2L * n : Math.min(n, (long) tiles * variant.tile);
-            return Prefetch.beginnings(weight, weightRows * split, 2L * k / split);
         }
 
         private TensorMap input(long x) {

@@ -153,7 +153,7 @@ class CudaAttentionTest extends KernelTest {
                 slots.length, maxItems, wantedItems, work.address(), workCount.address());
         module.kernel("decodeAttention").launch(CUDA, grid, query.address(), out.address(), pages.memory.address(), LAYER, LAYERS,
                 pages.tables.address(), pages.width, work.address(), workCount.address(), maxItems, partials.address(),
-                counters.address(), scale(config), 0, Prefetch.beginnings(query.address(), 1, 2 * query.elements()).argument());
+                counters.address(), scale(config), 0);
         assertEquals(maxItems - 1, workCount.item(), "items");
         assertEquals(0, counters.abs().max().item(), "counters are ready for the next launch");
         return out;

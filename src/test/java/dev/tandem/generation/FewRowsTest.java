@@ -87,18 +87,16 @@ class FewRowsTest extends KernelTest {
         Tensor x = matrix(1, MOST, k);
         Tensor weight = matrix(1 / Math.sqrt(k), n, k);
         Tensor expected = exact(x).matmul(exact(weight).transpose(0, 1));
-        Prefetch next = FewRows.prefetch(weight.address(), k, n);
-        check("product with " + n + " x " + k, (by, from, to) -> by.multiply(from, weight.address(), to, k, n, RowSquares.NONE, next), x,
-                expected, DType.BFLOAT16, n, TOLERANCE);
+        check("product with " + n + " x " + k, (by, from, to) -> by.multiply(from, weight.address(), to, k, n, RowSquares.NONE), x, expected,
+                DType.BFLOAT16, n, TOLERANCE);
         check("product with " + n + " x " + k + " in float32",
-                (by, from, to) -> by.multiplyToFloat(from, weight.address(), to, k, n, n + GAP, next), x, expected, DType.FLOAT32,
-                n + GAP, FLOAT_TOLERANCE);
+                (by, from, to) -> by.multiplyToFloat(from, weight.address(), to, k, n, n + GAP), x, expected, DType.FLOAT32, n + GAP,
+                FLOAT_TOLERANCE);
         Tensor both = matrix(1 / Math.sqrt(k), 2L * n, k);
         Tensor widened = rounded(exact(x).matmul(exact(both).transpose(0, 1)));
         Tensor gated = rounded(widened.narrow(1, 0, n).silu()).mul(widened.narrow(1, n, n));
         check("gated product with " + n + " x " + k,
-                (by, from, to) -> by.multiplyGated(from, both.address(), to, k, n, RowSquares.NONE,
-                        FewRows.prefetchGated(both.address(), k, n)), x, gated, DType.BFLOAT16, n, TOLERANCE);
+                (by, from, to) -> by.multiplyGated(from, both.address(), to, k, n, RowSquares.NONE), x, gated, DType.BFLOAT16, n, TOLERANCE);
     }
 
     /** A product that adds to the residual stream and one that completes the norm, against those with a norm between them. */
@@ -128,16 +126,16 @@ class FewRowsTest extends KernelTest {
             RowSquares squares = new RowSquares(sums.address(), 0, (float) CudaLayerTest.EPSILON);
             // Weights may be read before the kernel waits for its predecessor, which in a step never writes them.
             Cuda.synchronize(CUDA);
-            by.multiply(x.address(), weight.address(), product.address(), inner, width, RowSquares.NONE, Prefetch.NONE);
+            by.multiply(x.address(), weight.address(), product.address(), inner, width, RowSquares.NONE);
             norm.launch(CUDA, CudaDecoder.rowGrid(rows, width), expected.address(), product.address(), 0L, normWeight.address(), 0L,
                     normed.address(), width, (float) CudaLayerTest.EPSILON, ints(rows).address());
-            by.multiply(normed.address(), gates.address(), plain[0].address(), width, inner, RowSquares.NONE, Prefetch.NONE);
-            by.multiplyGated(normed.address(), gates.address(), gated[0].address(), width, inner, RowSquares.NONE, Prefetch.NONE);
+            by.multiply(normed.address(), gates.address(), plain[0].address(), width, inner, RowSquares.NONE);
+            by.multiplyGated(normed.address(), gates.address(), gated[0].address(), width, inner, RowSquares.NONE);
             by.multiplyAdded(x.address(), weight.address(), residual.address(), inner, width, normWeight.address(), scaled.address(),
-                    squares, FewRows.prefetchGated(gates.address(), width, inner));
-            by.multiply(scaled.address(), gates.address(), plain[1].address(), width, inner, squares, Prefetch.NONE);
-            by.multiplyGated(scaled.address(), gates.address(), gated[1].address(), width, inner, squares, Prefetch.NONE);
-            by.multiplyAdded(x.address(), weight.address(), last.address(), inner, width, 0, 0, RowSquares.NONE, Prefetch.NONE);
+                    squares);
+            by.multiply(scaled.address(), gates.address(), plain[1].address(), width, inner, squares);
+            by.multiplyGated(scaled.address(), gates.address(), gated[1].address(), width, inner, squares);
+            by.multiplyAdded(x.address(), weight.address(), last.address(), inner, width, 0, 0, RowSquares.NONE);
             String what = rows + " rows";
             assertSame(what + ": residual", residual, expected);
             assertSame(what + ": without a norm", last, expected);

@@ -60,13 +60,13 @@ class HopperProductsTest extends KernelTest {
         Tensor gated = poison(DType.BFLOAT16, rows + 1, stride);
         // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
         Cuda.synchronize(CUDA);
-        products.product(variant, Kind.PLAIN, rows, n, k, stride).run(x.address(), weight.address(), plain.address(), Prefetch.NONE);
-        products.product(variant, Kind.FLOAT, rows, n, k, stride).run(x.address(), weight.address(), floats.address(), Prefetch.NONE);
+        products.product(variant, Kind.PLAIN, rows, n, k, stride).run(x.address(), weight.address(), plain.address());
+        products.product(variant, Kind.FLOAT, rows, n, k, stride).run(x.address(), weight.address(), floats.address());
         compareWithin(what, plain, expected.narrow(1, 0, n), ROUNDING);
         compareWithin(what + ", float32", floats, expected.narrow(1, 0, n), PRODUCT_TOLERANCE);
         if (n % 8 == 0) {
             products.product(variant, Kind.GATED, rows, n, k, stride)
-                    .activate(x.address(), weight.address(), gated.address(), RowSquares.NONE, Prefetch.NONE);
+                    .activate(x.address(), weight.address(), gated.address(), RowSquares.NONE);
             compareWithin(what + ", gated", gated, rounded(rounded(expected.narrow(1, 0, n)).silu()).mul(rounded(expected.narrow(1, n, n))),
                     TOLERANCE);
         }
@@ -115,11 +115,11 @@ class HopperProductsTest extends KernelTest {
         Cuda.synchronize(CUDA);
         HopperProducts.Product activating = products.product(second, Kind.GATED, rows, inner, width, inner);
         products.product(first, Kind.PLAIN, rows, width, inner, width)
-                .run(x.address(), weight.address(), product.address(), activating.prefetch(gates.address()));
+                .run(x.address(), weight.address(), product.address());
         Grid grid = CudaDecoder.rowGrid(rows, width);
         norm.launch(CUDA, grid, expected.address(), product.address(), 0L, normWeight.address(), 0L, normed.address(), width,
                 (float) EPSILON, ints(rows).address());
-        activating.activate(normed.address(), gates.address(), gated.address(), RowSquares.NONE, Prefetch.NONE);
+        activating.activate(normed.address(), gates.address(), gated.address(), RowSquares.NONE);
 
         Tensor residual = before.copy();
         Tensor scaled = poison(DType.BFLOAT16, rows, width);
@@ -128,9 +128,8 @@ class HopperProductsTest extends KernelTest {
         RowSquares squares = new RowSquares(sums.address(), rows + GAP, (float) EPSILON);
         Cuda.synchronize(CUDA);
         products.product(first, Kind.ADDED, rows, width, inner, 0)
-                .add(x.address(), weight.address(), residual.address(), normWeight.address(), scaled.address(), squares,
-                        activating.prefetch(gates.address()));
-        activating.activate(scaled.address(), gates.address(), activated.address(), squares, activating.prefetch(gates.address()));
+                .add(x.address(), weight.address(), residual.address(), normWeight.address(), scaled.address(), squares);
+        activating.activate(scaled.address(), gates.address(), activated.address(), squares);
 
         assertSame(what + ": residual", residual, expected);
         assertSame(what + ": times the norm's weight", scaled, residual.mul(normWeight));
@@ -141,7 +140,7 @@ class HopperProductsTest extends KernelTest {
 
         Tensor last = before.copy();
         products.product(first, Kind.ADDED, rows, width, inner, 0)
-                .add(x.address(), weight.address(), last.address(), 0, 0, RowSquares.NONE, Prefetch.NONE);
+                .add(x.address(), weight.address(), last.address(), 0, 0, RowSquares.NONE);
         assertSame(what + ": without a norm", last, expected);
     }
 }

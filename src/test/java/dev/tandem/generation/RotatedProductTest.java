@@ -116,7 +116,7 @@ class RotatedProductTest extends KernelTest {
         RowSquares norm = parts.contains("factors") ? new RowSquares(squares.address(), rows, (float) EPSILON) : RowSquares.NONE;
         // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
         Cuda.synchronize(CUDA);
-        products.product(variant, Kind.PLAIN, rows, n, k, n).run(scaled.address(), weight.address(), qkv.address(), Prefetch.NONE);
+        products.product(variant, Kind.PLAIN, rows, n, k, n).run(scaled.address(), weight.address(), qkv.address());
         Object[] after = new Object[arguments[0].length + 1];
         after[0] = qkv.address();
         System.arraycopy(arguments[0], 0, after, 1, arguments[0].length);
