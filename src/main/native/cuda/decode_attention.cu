@@ -412,7 +412,8 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
     const u32 keyOffset = tileOffset(lane % 16, lane / 16);
     const u32 valueOffset = TILE_BYTES + tileOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     u32 stage = ring;
-    for (u32 n = 0;; n++) {
+    int ended = 0;
+    for (u32 n = 0; ended < 2; n++) {  // two rounds after the last unit: its counting and its merging
         const int* unit = unitAt(n);
         const int tokens = unit[TOKENS];
         float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2], o[COLUMN_TILES][DIM_TILES][4] = {};
@@ -480,10 +481,8 @@ decodeAttention(const bf16* query, bf16* out, const bf16* kv, int layer, int lay
             copyTile(stage + TILE_BYTES, source + HEADS_BYTES);
             stage = stage == ring + (STAGES - 1) * STAGE_BYTES ? ring : stage + STAGE_BYTES;
         }
-        if (steps == 0 && unitAt(n - 1)[SPLITS] <= 1 && (n < 2 || unitAt(n - 2)[SPLITS] <= 1)) {
-            return;  // past the last unit; where it, or the one before, is split, two rounds more: it is to be counted and merged
-        }
         loadQuery(unitAt(n + 1));
+        ended += steps == 0;
 
         __syncthreads();  // all warps have read the merge area and written the partials of unit n - 1
         const bool mergeRow = *arrivedLast;

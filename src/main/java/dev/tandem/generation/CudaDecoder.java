@@ -143,7 +143,7 @@ final class CudaDecoder implements AutoCloseable {
             mixedRotation = rotation(tables, Field.POSITIONS, Field.TOKEN_SLOT);
             CudaProducts.Buffers buffers =
                     new CudaProducts.Buffers(residual, squares, normed, qkv, attended, projected, widened, activated, hidden, logits);
-            products = new CudaProducts(device, arena, buffers, decodeRotation, decodeGrid.sharedBytes(), options);
+            products = new CudaProducts(device, arena, buffers, decodeRotation, options);
             owned.push(products::close);
         } catch (RuntimeException | Error e) {
             close();

@@ -43,7 +43,6 @@ final class CudaProducts implements AutoCloseable {
     private final ModelConfig config;
     private final Buffers buffers;
     private final Rotation rotation;
-    private final int attentionBytes;
     private final CublasLt cublas;
     /** Of steps with prompts. */
     private final LargeProducts large;
@@ -91,15 +90,13 @@ final class CudaProducts implements AutoCloseable {
 
     /**
      * @param rotation of the tokens of a decoding step
-     * @param attentionBytes of shared memory of a block of the decode attention
      * @param options that say how pages are cut
      */
-    CudaProducts(Device device, WeightArena arena, Buffers buffers, Rotation rotation, int attentionBytes, GeneratorOptions options) {
+    CudaProducts(Device device, WeightArena arena, Buffers buffers, Rotation rotation, GeneratorOptions options) {
         this.device = device;
         this.arena = arena;
         this.buffers = buffers;
         this.rotation = rotation;
-        this.attentionBytes = attentionBytes;
         config = arena.layout().config();
         cublas = new CublasLt(device);
         owned.push(cublas::close);
@@ -120,9 +117,9 @@ final class CudaProducts implements AutoCloseable {
             List<Size> sizes = new ArrayList<>(
                     List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
             if (HopperProducts.rotates(config.headDim())) {
-                sizes.add(rotated(0).size);
+                sizes.add(rotated().size);
                 if (addsNorms()) {
-                    sizes.addAll(List.of(added(output).size, added(narrow).size, rotated(attentionBytes).size));
+                    sizes.addAll(List.of(added(output).size, added(narrow).size));
                 }
             }
             owned.push(own.compileAhead(sizes, options.maxRunning())::close);
@@ -243,11 +240,11 @@ final class CudaProducts implements AutoCloseable {
 
     /**
      * Product by product the faster of Tandem's and cuBLAS's, and in both forms the widening one, which may apply the activation; that of
-     * queries, keys and values rotates where it can. Then Tandem's alone, with the norms, and the same with attention beginning earlier.
+     * queries, keys and values rotates where it can. Then Tandem's alone, with the norms.
      */
     private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
         boolean rotates = HopperProducts.rotates(config.headDim());
-        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated(0)) : null;
+        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated()) : null;
         Product byQkv = rotated == null ? faster(own, rows, qkv, byCublas.qkv) : rotating(rotated, RowSquares.NONE);
         Product byOutput = faster(own, rows, output, byCublas.output);
         Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
@@ -263,11 +260,6 @@ final class CudaProducts implements AutoCloseable {
         }
         if (rotated != null && addsNorms()) {
             found.add(withNorms(own, rows, rotated, byHead));
-            Operands smaller = rotated(attentionBytes);
-            HopperProducts.Product leavingRoom = own.computes(smaller.size, rows) ? tune(own, rows, smaller) : rotated;
-            if (!leavingRoom.variant().equals(rotated.variant())) {
-                found.add(withNorms(own, rows, leavingRoom, byHead));
-            }
         }
     }
 
@@ -325,9 +317,8 @@ final class CudaProducts implements AutoCloseable {
         });
     }
 
-    /** @param room {@link Size#room} */
-    private Operands rotated(int room) {
-        return new Operands(new Size(Kind.ROTATED, qkv.size.n(), qkv.size.k(), room), qkv.x, qkv.weights, qkv.out);
+    private Operands rotated() {
+        return new Operands(new Size(Kind.ROTATED, qkv.size.n(), qkv.size.k()), qkv.x, qkv.weights, qkv.out);
     }
 
     private static Operands added(Operands plain) {

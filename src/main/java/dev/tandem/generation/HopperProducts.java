@@ -45,8 +45,6 @@ final class HopperProducts implements AutoCloseable {
     private static final int BLOCK = 64;
     private static final int MOST_STAGES = 8;
     private static final int SHARED_BYTES = 232448 - 256;
-    /** What the driver takes for each block. */
-    private static final int BLOCK_SHARED_BYTES = 1024;
     /** Two blocks of so many bytes fit a multiprocessor: the next product's weights then arrive during this one. */
     private static final int HALF_SHARED_BYTES = 104000;
 
@@ -114,11 +112,6 @@ final class HopperProducts implements AutoCloseable {
         boolean possible(Kind kind, int headDim) {
             boolean fits = kind != Kind.ROTATED || tile % headDim == 0 && rotatesInRegisters();
             return fits && stages >= 2 && sharedBytes(kind) <= SHARED_BYTES;
-        }
-
-        /** {@return whether there are registers for another block of 128 threads} */
-        boolean leavesRegisters() {
-            return tile == 64 || tile == 128 && rows <= 128;
         }
 
         /** Larger tiles need more registers to rotate in than there are beside the sums. */
@@ -256,27 +249,14 @@ final class HopperProducts implements AutoCloseable {
                     : new TensorMap(arena, address, new long[] {k, n}, new long[] {2L * k}, new int[] {BLOCK, tile});
         }
 
-        Variant variant() {
-            return choice.variant;
-        }
-
         /** {@return what the product took when its variant was timed} */
         float milliseconds() {
             return choice.milliseconds;
         }
     }
 
-    /**
-     * The sizes of a weight that products of one kind multiply with, as {@link #tune} takes them.
-     *
-     * @param room bytes of shared memory that are left on each multiprocessor for a block of the next kernel, of 128 threads, which then
-     *     begins before the product has ended
-     */
-    record Size(Kind kind, int n, int k, int room) {
-        Size(Kind kind, int n, int k) {
-            this(kind, n, k, 0);
-        }
-    }
+    /** The sizes of a weight that products of one kind multiply with, as {@link #tune} takes them. */
+    record Size(Kind kind, int n, int k) {}
 
     /** {@return what compiles in the background the variants that products of these sizes with up to so many rows will be timed with} */
     AheadCompiler compileAhead(List<Size> sizes, int maxRows) {
@@ -285,7 +265,7 @@ final class HopperProducts implements AutoCloseable {
         for (int rows : IntStream.iterate(maxRows, i -> i - 1).limit(maxRows).map(HopperProducts::like).distinct().toArray()) {
             for (Size size : sizes) {
                 if (choices.find(question(size, rows)) == null) {
-                    candidates(size, rows).forEach(variant -> sources.add(source(variant, size.kind)));
+                    candidates(size.kind, rows, size.n, size.k).forEach(variant -> sources.add(source(variant, size.kind)));
                 }
             }
         }
@@ -295,7 +275,7 @@ final class HopperProducts implements AutoCloseable {
     /** {@return under what the fastest variant is kept} */
     private String question(Size size, int rows) {
         String heads = size.kind == Kind.ROTATED ? " " + new TreeMap<>(shape) : "";
-        return "product " + size.kind + " " + rows + " " + size.n + " " + size.k + (size.room > 0 ? " " + size.room : "") + heads;
+        return "product " + size.kind + " " + rows + " " + size.n + " " + size.k + heads;
     }
 
     /**
@@ -316,7 +296,7 @@ final class HopperProducts implements AutoCloseable {
         if (known != null) {
             return new Product(known, kind, rows, n, k, stride);
         }
-        List<Variant> candidates = candidates(size, like(rows));
+        List<Variant> candidates = candidates(kind, like(rows), n, k);
         compile(candidates.stream().map(variant -> source(variant, kind)).toList());
         Choice best = null;
         for (Variant variant : candidates) {
@@ -342,14 +322,7 @@ final class HopperProducts implements AutoCloseable {
         return new Product(new Choice(variant, 0), kind, rows, n, k, stride);
     }
 
-    /** {@return whether there is a variant of a size for so many rows: where room is to be left there may be none} */
-    boolean computes(Size size, int rows) {
-        return !candidates(size, like(rows)).isEmpty();
-    }
-
-    private List<Variant> candidates(Size size, int rows) {
-        Kind kind = size.kind;
-        int limit = size.room > 0 ? SHARED_BYTES - size.room - BLOCK_SHARED_BYTES : SHARED_BYTES;
+    private List<Variant> candidates(Kind kind, int rows, int n, int k) {
         List<Variant> found = new ArrayList<>();
         TreeSet<Integer> parts = new TreeSet<>(List.of(next(TILE_ROWS, rows), next(TILE_ROWS, Math.max(32, Math.ceilDiv(rows, 2)))));
         for (int tile : new int[] {64, 128, 192}) {
@@ -357,7 +330,7 @@ final class HopperProducts implements AutoCloseable {
                 int stageBytes = new Variant(tile, part, 1, 1).stageBytes();
                 for (int split = 1; split <= 8; split *= 2) {
                     int besides = new Variant(tile, part, split, 0).sharedBytesBesides(kind);
-                    int stages = Math.min(MOST_STAGES, (limit - besides) / stageBytes);
+                    int stages = Math.min(MOST_STAGES, (SHARED_BYTES - besides) / stageBytes);
                     found.add(new Variant(tile, part, split, stages));
                     if (tile == 64 && part <= 128 && HALF_SHARED_BYTES / stageBytes < stages) {
                         found.add(new Variant(tile, part, split, HALF_SHARED_BYTES / stageBytes));
@@ -365,9 +338,8 @@ final class HopperProducts implements AutoCloseable {
                 }
             }
         }
-        found.removeIf(variant -> !variant.possible(kind, headDim) || variant.sharedBytes(kind) > limit
-                || size.room > 0 && !variant.leavesRegisters());
-        found.sort(Comparator.comparingDouble(variant -> cycles(variant, kind, rows, size.n, size.k)));
+        found.removeIf(variant -> !variant.possible(kind, headDim));
+        found.sort(Comparator.comparingDouble(variant -> cycles(variant, kind, rows, n, k)));
         return found.subList(0, Math.min(CANDIDATES, found.size()));
     }
 
