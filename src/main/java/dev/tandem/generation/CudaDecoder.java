@@ -263,26 +263,29 @@ final class CudaDecoder implements AutoCloseable {
         return products.ways(rows);
     }
 
-    /** The first {@code rows} rows of {@code out} = {@code x} times the transpose of a weight. */
-    private void multiply(CudaProducts.@Nullable Product by, int layer, Tensor x, Tensor weight, Tensor out, int rows) {
-        if (by == null) {
-            products.large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows));
-        } else {
-            by.run(layer, x.address(), weight.address(), out.address());
-        }
-    }
-
     /**
-     * Computes a step whose input lies on the device.
+     * Computes a step with prompts, whose input lies on the device.
      *
-     * @param tokens for how many tokens kernels are launched: at least those of the step
-     * @param decodes whether every row has one token; then row i is token i
+     * @param tokens of the step
      * @param decodeRows for how many rows the decode attention is launched
      * @param tiles of the prefill attention
      * @param wanted rows of logits
-     * @param by how a decoding step of that many tokens multiplies, or null for products of many rows
      */
-    void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.@Nullable Way by) {
+    void forward(int tokens, int decodeRows, int tiles, int wanted) {
+        forward(tokens, false, decodeRows, tiles, wanted, products.large(tokens, wanted));
+    }
+
+    /**
+     * Computes a decoding step, whose input lies on the device: row i is token i.
+     *
+     * @param rows for how many kernels are launched: at least those of the step
+     * @param by one of the {@link #ways} for that many
+     */
+    void decode(int rows, CudaProducts.Way by) {
+        forward(rows, true, rows, 0, rows, by);
+    }
+
+    private void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.Way by) {
         try (Scope scope = Scope.open()) {
             long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
             long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
@@ -298,23 +301,22 @@ final class CudaDecoder implements AutoCloseable {
             for (int layer = 0; layer < config.layers(); layer++) {
                 try (Scope inner = Scope.open()) {
                     WeightGroup w = arena.layer(layer);
-                    boolean adds = by != null && by.adds();
-                    if (layer == 0 || !adds) {
+                    if (layer == 0 || !by.adds()) {
                         norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
                     }
                     project(layer, w.weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
                     attend(layer, decodeRows, tiles);
-                    multiply(by == null ? null : by.output(), layer, attended, w.weight(ParameterRole.O_WEIGHT), projected, tokens);
-                    if (!adds) {
+                    by.output().run(layer, attended, w.weight(ParameterRole.O_WEIGHT), projected);
+                    if (!by.adds()) {
                         norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
                                 ParameterRole.MLP_NORM_BIAS);
                     }
-                    multiply(by == null ? null : by.widen(), layer, normed, w.weight(CudaProducts.widenRole(config)), widened, tokens);
-                    if (by == null || !by.activates()) {
+                    by.widen().run(layer, normed, w.weight(CudaProducts.widenRole(config)), widened);
+                    if (!by.activates()) {
                         activate(w, tokens, count);
                     }
-                    multiply(by == null ? null : by.narrow(), layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected, tokens);
-                    addend = adds ? 0 : projected.address();
+                    by.narrow().run(layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected);
+                    addend = by.adds() ? 0 : projected.address();
                     addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
             }
@@ -338,13 +340,9 @@ final class CudaDecoder implements AutoCloseable {
     }
 
     /** Queries, keys and values, from the normed states to where attention reads them. */
-    private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.@Nullable Way by) {
-        if (by == null) {
-            multiply(null, layer, normed, weight, qkv, tokens);
-        } else {
-            by.qkv().run(layer, normed.address(), weight.address(), qkv.address());
-        }
-        if (by == null || !by.rotates()) {
+    private void project(int layer, Tensor weight, int tokens, Rotation rotation, CudaProducts.Way by) {
+        by.qkv().run(layer, normed, weight, qkv);
+        if (!by.rotates()) {
             kernels.rotateAndWrite.launch(device, rotateGrid(config, tokens), rotation.arguments(layer, qkv.address()));
         }
     }
@@ -373,17 +371,13 @@ final class CudaDecoder implements AutoCloseable {
                 width, count);
     }
 
-    private void head(int wanted, long addend, long addendBias, CudaProducts.@Nullable Way by) {
+    private void head(int wanted, long addend, long addendBias, CudaProducts.Way by) {
         WeightGroup head = arena.head();
         int width = config.hiddenSize();
         kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
                 address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                 hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
-        if (by == null) {
-            logits.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(hidden.narrow(0, 0, wanted), arena.logitMatrix());
-        } else {
-            by.head().run(hidden.address(), arena.logitMatrix().address(), logits.address());
-        }
+        by.head().run(0, hidden, arena.logitMatrix(), logits);
     }
 
     private long workCount() {

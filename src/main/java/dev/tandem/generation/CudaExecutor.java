@@ -24,6 +24,7 @@ import dev.tandem.model.WeightArena;
 import java.lang.foreign.MemorySegment;
 import java.util.ArrayDeque;
 import java.util.ArrayList;
+import java.util.Arrays;
 import java.util.Deque;
 import java.util.List;
 import java.util.Map;
@@ -38,11 +39,12 @@ import org.jspecify.annotations.Nullable;
  *
  * <p>Decoding steps are launched as CUDA graphs. A graph has a fixed number of rows, so there is one for each of a few sizes (a step takes
  * the next larger one; padding rows do nothing), captured when its size is met first. Where there are several ways to multiply, a graph of
- * each is timed then, unless the {@link TuningCache} knows which is the fastest. All graphs share
- * the buffers of {@link CudaDecoder}. Graphs hold addresses, and those of weights, pages and buffers never change, so graphs survive sleep,
+ * each is timed then, unless the {@link TuningCache} knows which is the fastest for a size like it. All graphs share the buffers of
+ * {@link CudaDecoder}. Graphs hold addresses, and those of weights, pages and buffers never change, so graphs survive sleep,
  * wake and optimizer steps. Sampling follows outside the graph, because which kernels it needs depends on the requests.
  */
 final class CudaExecutor implements StepExecutor {
+    private static final System.Logger LOG = System.getLogger(CudaExecutor.class.getName());
     private static final int DEPTH = 2;
     private static final int TILE = 512;
     /** How often the ways to multiply are timed. */
@@ -160,7 +162,7 @@ final class CudaExecutor implements StepExecutor {
                 decode();
             } else {
                 StepLayout step = input.layout();
-                decoder.forward(step.tokenCount(), false, step.decodeRows(), step.tiles(), step.wantedCount(), null);
+                decoder.forward(step.tokenCount(), step.decodeRows(), step.tiles(), step.wantedCount());
             }
             mark(Part.FORWARD);
             if (plan.sampleCount > 0) {
@@ -196,7 +198,7 @@ final class CudaExecutor implements StepExecutor {
         CudaGraph graph = graphs.get(size);
         if (graph == null) {
             // Once without a graph: then libtorch has allocated what it needs.
-            decoder.forward(size, true, size, 0, size, decoder.ways(size).getFirst());
+            decoder.decode(size, decoder.ways(size).getFirst());
             graph = fastest(size);
             graphs.put(size, graph);
         }
@@ -206,7 +208,7 @@ final class CudaExecutor implements StepExecutor {
     /** Captures a step of that many rows in the way to multiply that is the fastest. */
     private CudaGraph fastest(int size) {
         List<CudaProducts.Way> ways = decoder.ways(size);
-        String question = "step of " + size + " of " + ways.size() + " " + config;
+        String question = "step of " + CudaProducts.like(size) + " of " + ways.size() + " " + config;
         int known = ways.size() == 1 ? 0 : known(choices.find(question), ways.size());
         if (known >= 0) {
             choices.save();
@@ -243,6 +245,7 @@ final class CudaExecutor implements StepExecutor {
                 best = times[i] < times[best] ? i : best;
             }
         }
+        LOG.log(System.Logger.Level.DEBUG, "ms of a step in each way to multiply: {0}", Arrays.toString(times));
         return best;
     }
 
@@ -257,7 +260,7 @@ final class CudaExecutor implements StepExecutor {
     }
 
     private CudaGraph captured(int size, CudaProducts.Way way) {
-        return CudaGraph.capture(device, () -> decoder.forward(size, true, size, 0, size, way));
+        return CudaGraph.capture(device, () -> decoder.decode(size, way));
     }
 
     /** The number of rows of the graph that serves a step: a power of two up to 8, then at most a quarter more, in units of 8. */

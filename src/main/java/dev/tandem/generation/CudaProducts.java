@@ -45,7 +45,7 @@ final class CudaProducts implements AutoCloseable {
     private final Rotation rotation;
     private final CublasLt cublas;
     /** Of steps with prompts. */
-    final LargeProducts large;
+    private final LargeProducts large;
     private final Operands qkv;
     private final Operands output;
     private final Operands widen;
@@ -57,18 +57,16 @@ final class CudaProducts implements AutoCloseable {
     private final Map<Integer, List<Way>> ways = new HashMap<>();
     private final Deque<Runnable> owned = new ArrayDeque<>();
 
-    /** out = x times the transpose of a weight, all at these addresses. */
-    interface Plain {
-        void run(long x, long weight, long out);
-    }
-
-    /** A layer's product, with what belongs to the layer besides. */
+    /** out = x times the transpose of a weight, with what belongs to the layer besides. */
     interface Product {
-        void run(int layer, long x, long weight, long out);
+        void run(int layer, Tensor x, Tensor weight, Tensor out);
 
-        /** {@return what computes the same for all layers} */
-        static Product of(Plain product) {
-            return (layer, x, weight, out) -> product.run(x, weight, out);
+        private static Product of(CublasLt.Product by) {
+            return (layer, x, weight, out) -> by.run(x.address(), weight.address(), out.address());
+        }
+
+        private static Product of(HopperProducts.Product by) {
+            return (layer, x, weight, out) -> by.run(x.address(), weight.address(), out.address());
         }
     }
 
@@ -80,11 +78,8 @@ final class CudaProducts implements AutoCloseable {
      * @param adds whether {@code output} and {@code narrow} add to the residual stream and prepare the norm that follows, which the next
      *     product completes; they write no {@code out}, and the only norm that is left before a product is the first layer's first
      */
-    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Plain head, boolean adds) {
-        private Way rotating(Product by) {
-            return new Way(by, true, output, widen, activates, narrow, head, adds);
-        }
-    }
+    record Way(Product qkv, boolean rotates, Product output, Product widen, boolean activates, Product narrow, Product head,
+            boolean adds) {}
 
     /** A product's sizes, what it reads and writes, and enough of its weights that no cache holds them. */
     private record Operands(Size size, Tensor x, long[] weights, Tensor out) {}
@@ -139,6 +134,19 @@ final class CudaProducts implements AutoCloseable {
         return new Operands(new Size(kind, n, k), x, weights, out);
     }
 
+    /** {@return the number of rows, at least these, whose fastest way is taken for theirs} */
+    static int like(int rows) {
+        return FewRows.computes(rows) ? rows : HopperProducts.like(rows);
+    }
+
+    /** {@return the way for many rows, of a step with prompts, and for the rows that logits are wanted of} */
+    Way large(int rows, int wanted) {
+        Product product = (layer, x, weight, out) -> large.forward(x.narrow(0, 0, rows), weight, out.narrow(0, 0, rows));
+        Product head = (layer, x, weight, out) ->
+                out.narrow(0, 0, wanted).narrow(1, 0, config.vocabSize()).setLinear(x.narrow(0, 0, wanted), weight);
+        return new Way(product, false, product, product, false, product, head, false);
+    }
+
     /**
      * {@return the ways for a number of rows, the best guess first} When they are not known yet, buffers are overwritten, and the newest
      * keys and values of the step whose input lies on the device, which therefore is yet to be computed.
@@ -169,45 +177,53 @@ final class CudaProducts implements AutoCloseable {
         owned.push(by::close);
         int width = config.hiddenSize();
         int inner = config.intermediateSize();
-        Product widening = activates() ? gated(by, RowSquares.NONE) : Product.of((x, weight, out) ->
-                by.multiply(x, weight, out, width, widened(), RowSquares.NONE));
-        Plain byHead = (x, weight, out) -> by.multiplyToFloat(x, weight, out, width, config.vocabSize(), buffers.logits.size(1));
+        Product byHead = (layer, x, weight, out) -> by.multiplyToFloat(x.address(), weight.address(), out.address(), width,
+                config.vocabSize(), buffers.logits.size(1));
         found.add(new Way(
-                (layer, x, weight, out) -> by.multiply(x, weight, out, width, allHeads(), RowSquares.NONE),
+                plain(by, width, allHeads(), RowSquares.NONE),
                 false,
-                (layer, x, weight, out) -> by.multiply(x, weight, out, attended(), width, RowSquares.NONE),
-                widening,
+                plain(by, attended(), width, RowSquares.NONE),
+                activates() ? gated(by, RowSquares.NONE) : plain(by, width, widened(), RowSquares.NONE),
                 activates(),
-                (layer, x, weight, out) -> by.multiply(x, weight, out, inner, width, RowSquares.NONE),
+                plain(by, inner, width, RowSquares.NONE),
                 byHead,
                 false));
         if (addsNorms() && FewRows.completesNorm(width)) {
             found.add(new Way(
-                    (layer, x, weight, out) ->
-                            by.multiply(x, weight, out, width, allHeads(), layer == 0 ? RowSquares.NONE : squares()),
+                    plain(by, width, allHeads(), squares()),
                     false,
-                    (layer, x, weight, out) -> by.multiplyAdded(x, weight, buffers.residual.address(), attended(), width,
-                            norm(layer, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares()),
+                    adding(by, attended(), ParameterRole.MLP_NORM_WEIGHT, 0),
                     gated(by, squares()),
                     true,
-                    (layer, x, weight, out) -> by.multiplyAdded(x, weight, buffers.residual.address(), inner, width,
-                            norm(layer + 1, ParameterRole.ATTENTION_NORM_WEIGHT), buffers.normed.address(), squares()),
+                    adding(by, inner, ParameterRole.ATTENTION_NORM_WEIGHT, 1),
                     byHead,
                     true));
         }
     }
 
+    /** @param squares of the rows of all layers but the first, whose norm is no part of a product */
+    private static Product plain(FewRows by, int k, int n, RowSquares squares) {
+        return (layer, x, weight, out) ->
+                by.multiply(x.address(), weight.address(), out.address(), k, n, layer == 0 ? RowSquares.NONE : squares);
+    }
+
     private Product gated(FewRows by, RowSquares squares) {
-        return (layer, x, weight, out) -> by.multiplyGated(x, weight, buffers.activated.address(), config.hiddenSize(),
-                config.intermediateSize(), squares);
+        return (layer, x, weight, out) -> by.multiplyGated(x.address(), weight.address(), buffers.activated.address(),
+                config.hiddenSize(), config.intermediateSize(), squares);
+    }
+
+    /** @param distance to the layer whose norm follows */
+    private Product adding(FewRows by, int k, ParameterRole norm, int distance) {
+        return (layer, x, weight, out) -> by.multiplyAdded(x.address(), weight.address(), buffers.residual.address(), k,
+                config.hiddenSize(), norm(layer + distance, norm), buffers.normed.address(), squares());
     }
 
     /** cuBLAS's products, in the order of {@link Way}. */
     private record Timed(CublasLt.Product qkv, CublasLt.Product output, CublasLt.Product widen, CublasLt.Product narrow,
             CublasLt.Product head) {
         Way way() {
-            return new Way(Product.of(qkv::run), false, Product.of(output::run), Product.of(widen::run), false, Product.of(narrow::run),
-                    head::run, false);
+            return new Way(Product.of(qkv), false, Product.of(output), Product.of(widen), false, Product.of(narrow), Product.of(head),
+                    false);
         }
     }
 
@@ -223,38 +239,33 @@ final class CudaProducts implements AutoCloseable {
     }
 
     /**
-     * Product by product the faster of Tandem's and cuBLAS's; in both forms the widening one, which may apply the activation, and that of
-     * queries, keys and values, which may rotate. Then Tandem's alone, with the norms.
+     * Product by product the faster of Tandem's and cuBLAS's, and in both forms the widening one, which may apply the activation; that of
+     * queries, keys and values rotates where it can. Then Tandem's alone, with the norms.
      */
     private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
-        Product byQkv = Product.of(faster(own, rows, qkv, byCublas.qkv));
-        Product byOutput = Product.of(faster(own, rows, output, byCublas.output));
-        Product byNarrow = Product.of(faster(own, rows, narrow, byCublas.narrow));
-        Plain byHead = faster(own, rows, head, byCublas.head);
+        boolean rotates = HopperProducts.rotates(config.headDim());
+        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated()) : null;
+        Product byQkv = rotated == null ? faster(own, rows, qkv, byCublas.qkv) : rotating(rotated, RowSquares.NONE);
+        Product byOutput = faster(own, rows, output, byCublas.output);
+        Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
+        Product byHead = faster(own, rows, head, byCublas.head);
         if (activates()) {
             // Its result goes where the activation's would.
             Product byGated = gated(tune(own, rows, gated), RowSquares.NONE);
-            found.add(new Way(byQkv, false, byOutput, byGated, true, byNarrow, byHead, false));
-            found.add(new Way(byQkv, false, byOutput, Product.of(byCublas.widen::run), false, byNarrow, byHead, false));
+            found.add(new Way(byQkv, rotates, byOutput, byGated, true, byNarrow, byHead, false));
+            found.add(new Way(byQkv, rotates, byOutput, Product.of(byCublas.widen), false, byNarrow, byHead, false));
         } else {
-            Product byWiden = Product.of(faster(own, rows, widen, byCublas.widen));
-            found.add(new Way(byQkv, false, byOutput, byWiden, false, byNarrow, byHead, false));
+            Product byWiden = faster(own, rows, widen, byCublas.widen);
+            found.add(new Way(byQkv, rotates, byOutput, byWiden, false, byNarrow, byHead, false));
         }
-        if (HopperProducts.rotates(config.headDim())) {
-            HopperProducts.Product rotated = tune(own, rows, rotated());
-            List<Way> others = List.copyOf(found.subList(1, found.size()));
-            others.forEach(way -> found.add(way.rotating((layer, x, weight, out) ->
-                    rotated.rotate(x, weight, RowSquares.NONE, rotation.arguments(layer)))));
-            if (addsNorms()) {
-                found.add(withNorms(own, rows, rotated, byHead));
-            }
+        if (rotated != null && addsNorms()) {
+            found.add(withNorms(own, rows, rotated, byHead));
         }
     }
 
-    private Way withNorms(HopperProducts own, int rows, HopperProducts.Product rotated, Plain byHead) {
+    private Way withNorms(HopperProducts own, int rows, HopperProducts.Product rotated, Product byHead) {
         return new Way(
-                (layer, x, weight, out) ->
-                        rotated.rotate(x, weight, layer == 0 ? RowSquares.NONE : squares(), rotation.arguments(layer)),
+                rotating(rotated, squares()),
                 true,
                 adding(tune(own, rows, added(output)), ParameterRole.MLP_NORM_WEIGHT, 0),
                 gated(tune(own, rows, gated), squares()),
@@ -264,14 +275,20 @@ final class CudaProducts implements AutoCloseable {
                 true);
     }
 
+    /** @param squares of the rows of all layers but the first, whose norm is no part of a product */
+    private Product rotating(HopperProducts.Product by, RowSquares squares) {
+        return (layer, x, weight, out) ->
+                by.rotate(x.address(), weight.address(), layer == 0 ? RowSquares.NONE : squares, rotation.arguments(layer));
+    }
+
     private Product gated(HopperProducts.Product by, RowSquares squares) {
-        return (layer, x, weight, out) -> by.activate(x, weight, buffers.activated.address(), squares);
+        return (layer, x, weight, out) -> by.activate(x.address(), weight.address(), buffers.activated.address(), squares);
     }
 
     /** @param distance to the layer whose norm follows */
     private Product adding(HopperProducts.Product by, ParameterRole norm, int distance) {
-        return (layer, x, weight, out) -> by.add(x, weight, buffers.residual.address(), norm(layer + distance, norm),
-                buffers.normed.address(), squares());
+        return (layer, x, weight, out) -> by.add(x.address(), weight.address(), buffers.residual.address(),
+                norm(layer + distance, norm), buffers.normed.address(), squares());
     }
 
     /** {@return the address of a norm's weight, or 0 behind the last layer, where the norm is no part of a product} */
@@ -283,9 +300,9 @@ final class CudaProducts implements AutoCloseable {
         return new RowSquares(buffers.squares.address(), Math.toIntExact(buffers.squares.size(1)), (float) config.normEps());
     }
 
-    private Plain faster(HopperProducts own, int rows, Operands of, CublasLt.Product byCublas) {
+    private Product faster(HopperProducts own, int rows, Operands of, CublasLt.Product byCublas) {
         HopperProducts.Product product = tune(own, rows, of);
-        return product.milliseconds() < byCublas.milliseconds() ? product::run : byCublas::run;
+        return product.milliseconds() < byCublas.milliseconds() ? Product.of(product) : Product.of(byCublas);
     }
 
     private HopperProducts.Product tune(HopperProducts own, int rows, Operands of) {
@@ -295,8 +312,8 @@ final class CudaProducts implements AutoCloseable {
             case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out);
             case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE);
             case ROTATED -> (by, i) -> by.rotate(x, of.weights[i], RowSquares.NONE, rotation.arguments(i));
-            case ADDED -> (by, i) ->
-                    by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares());
+            case ADDED -> (by, i) -> by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(),
+                    squares());
         });
     }
 

@@ -39,9 +39,7 @@ final class GpuGeneration {
         long start = System.nanoTime();
         String shape = args[0];
         List<String> what = Arrays.asList(args).subList(1, args.length);
-        EngineOptions options = EngineOptions.defaults().devices(Device.cuda(0)).dtype(DType.BFLOAT16)
-                .generation(GeneratorOptions.forGpu().prefixCaching(false));
-        try (HybridEngine engine = HybridEngine.create(Shapes.config(shape).withMaxPositions(4096), null, options)) {
+        try (HybridEngine engine = HybridEngine.create(Shapes.config(shape).withMaxPositions(4096), null, options())) {
             say("%s start: engine %.1f s", shape, seconds(start));
             run(engine, List.of(prompt(0, new int[] {1, 2, 3}, 4)));
             say("%s first token after %.1f s", shape, seconds(start));
@@ -62,7 +60,17 @@ final class GpuGeneration {
         }
     }
 
+    static EngineOptions options() {
+        return EngineOptions.defaults().devices(Device.cuda(0)).dtype(DType.BFLOAT16)
+                .generation(GeneratorOptions.forGpu().prefixCaching(false));
+    }
+
     private static void nano(HybridEngine engine, String shape) {
+        List<Prompt> requests = nanoRequests();
+        report(engine, shape + " nano", requests, requests.stream().mapToLong(request -> request.params().maxTokens()).sum(), 4);
+    }
+
+    static List<Prompt> nanoRequests() {
         PythonRandom random = new PythonRandom(0);
         List<int[]> prompts = new ArrayList<>();
         for (int i = 0; i < REQUESTS; i++) {
@@ -73,26 +81,26 @@ final class GpuGeneration {
             prompts.add(tokens);
         }
         List<Prompt> requests = new ArrayList<>();
-        long total = 0;
         for (int i = 0; i < REQUESTS; i++) {
-            int length = random.between(100, 1024);
-            total += length;
-            requests.add(prompt(i, prompts.get(i), length));
+            requests.add(prompt(i, prompts.get(i), random.between(100, 1024)));
         }
-        report(engine, shape + " nano", requests, total, 4);
+        return requests;
     }
 
     private static void longOutputs(HybridEngine engine, String shape) {
+        report(engine, shape + " 256 x 1,024/1,024", requests(REQUESTS, 1024, 1024), REQUESTS * 1024L, 2);
+    }
+
+    /** {@return so many requests of equal lengths} */
+    static List<Prompt> requests(int count, int tokens, int answer) {
         PythonRandom random = new PythonRandom(1);
         List<Prompt> requests = new ArrayList<>();
-        for (int i = 0; i < REQUESTS; i++) {
-            int[] tokens = new int[1024];
-            for (int t = 0; t < tokens.length; t++) {
-                tokens[t] = random.between(0, 10_000);
-            }
-            requests.add(prompt(i, tokens, 1024));
+        for (int i = 0; i < count; i++) {
+            int[] prompt = new int[tokens];
+            Arrays.setAll(prompt, t -> random.between(0, 10_000));
+            requests.add(prompt(i, prompt, answer));
         }
-        report(engine, shape + " 256 x 1,024/1,024", requests, REQUESTS * 1024L, 2);
+        return requests;
     }
 
     private static void report(HybridEngine engine, String name, List<Prompt> requests, long tokens, int runs) {
@@ -232,13 +240,7 @@ final class GpuGeneration {
     /** A decoding step in the middle of long answers, on the host and on the device. */
     private static void timelines(HybridEngine engine, String shape) {
         for (int rows : new int[] {1, 64, REQUESTS}) {
-            PythonRandom random = new PythonRandom(rows);
-            List<Prompt> requests = new ArrayList<>();
-            for (int i = 0; i < rows; i++) {
-                int[] tokens = new int[512];
-                Arrays.setAll(tokens, t -> random.between(0, 10_000));
-                requests.add(prompt(i, tokens, 256));
-            }
+            List<Prompt> requests = requests(rows, 512, 256);
             run(engine, requests);
             timeline(engine, shape + ", contexts of 512 to 768", requests);
         }
@@ -248,7 +250,7 @@ final class GpuGeneration {
         return new Prompt(index, "", tokens, SamplingParams.defaults().temperature(0.6).ignoreEos(true).maxTokens(length));
     }
 
-    private static void run(HybridEngine engine, List<Prompt> prompts) {
+    static void run(HybridEngine engine, List<Prompt> prompts) {
         List<Completion> done = engine.rollout(prompts, completion -> {});
         for (Completion completion : done) {
             if (completion.tokens().length != prompts.get(completion.prompt()).params().maxTokens()) {

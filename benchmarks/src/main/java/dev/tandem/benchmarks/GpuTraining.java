@@ -42,17 +42,11 @@ final class GpuTraining {
     public static void main(String[] args) {
         boolean rounds = args[0].equals("bf16-moments");
         for (String shape : List.of(args).subList(rounds ? 1 : 0, args.length)) {
-            // Room for training: a small KV cache.
-            EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
-                    .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30);
-            options = options.training(options.training().moments(rounds ? DType.BFLOAT16 : DType.FLOAT32));
-            ModelConfig config = Shapes.config(shape).withMaxPositions(LENGTH);
-            try (HybridEngine engine = HybridEngine.create(config, null, options)) {
+            try (HybridEngine engine = engine(shape, rounds ? DType.BFLOAT16 : DType.FLOAT32)) {
                 Random random = new Random(0);
                 for (int length : new int[] {LENGTH, LENGTH / 4}) {
-                    int[] whole = new int[SEQUENCES * LENGTH / length];
-                    Arrays.fill(whole, length);
-                    report(engine, "%s, %d sequences of %,d".formatted(shape, whole.length, length), batch(random, whole));
+                    int count = SEQUENCES * LENGTH / length;
+                    report(engine, "%s, %d sequences of %,d".formatted(shape, count, length), batch(random, count, length));
                 }
                 List<Integer> ragged = new ArrayList<>();
                 for (int left = SEQUENCES * LENGTH; left > 200; left -= ragged.getLast()) {
@@ -63,6 +57,25 @@ final class GpuTraining {
                 System.out.println(engine.memory());
             }
         }
+    }
+
+    /** {@return an engine with room for training: its KV cache is small} */
+    static HybridEngine engine(String shape, DType moments) {
+        EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
+                .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30);
+        options = options.training(options.training().moments(moments));
+        return HybridEngine.create(Shapes.config(shape).withMaxPositions(LENGTH), null, options);
+    }
+
+    /** {@return 8 sequences of 4,096 tokens} */
+    static List<TrainingSequence> batch() {
+        return batch(new Random(0), SEQUENCES, LENGTH);
+    }
+
+    private static List<TrainingSequence> batch(Random random, int count, int length) {
+        int[] lengths = new int[count];
+        Arrays.fill(lengths, length);
+        return batch(random, lengths);
     }
 
     private static List<TrainingSequence> batch(Random random, int[] lengths) {

@@ -6,6 +6,7 @@ import dev.tandem.MemoryPlan;
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
 import dev.tandem.device.Device;
+import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.TandemException;
 import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.model.ModelConfig;
@@ -94,7 +95,7 @@ final class TrainingLimits {
     private static EngineOptions options(int tokens, boolean rounds) {
         EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
                 .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30)
-                .memoryLimit((long) (SHARE * Cuda.free(CUDA)));
+                .memoryLimit((long) (SHARE * DeviceMemory.available(CUDA)));
         return options.training(options.training().microBatchTokens(tokens).moments(rounds ? DType.BFLOAT16 : DType.FLOAT32));
     }
 }

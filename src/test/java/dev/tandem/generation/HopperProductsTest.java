@@ -16,11 +16,14 @@ import dev.tandem.testing.Gpu;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
-/** The product that adds to the residual stream and the gated one that completes the norm, against those with a norm between them. */
+/** Products in float64, and such that are parts of a norm against those with a norm between them. */
 @Gpu
-class AddedProductTest extends KernelTest {
+class HopperProductsTest extends KernelTest {
+    private static final double ROUNDING = 4e-3;
     private static final double TOLERANCE = 2e-2;
     private static final double FLOAT_TOLERANCE = 1e-5;
+    /** Tensor cores cut off what they add. */
+    private static final double PRODUCT_TOLERANCE = 1e-4;
     private static final int[] ROWS = {8, 37, 64, 200, 256, 300};
     private static final int GAP = 5;
 
@@ -28,11 +31,60 @@ class AddedProductTest extends KernelTest {
         new Variant(192, 96, 1, 4), new Variant(64, 256, 1, 4), new Variant(128, 128, 8, 3), new Variant(128, 256, 4, 3),
         new Variant(192, 192, 2, 3)};
 
+    private static ModelConfig config(int width, int inner) {
+        assumeTrue(HopperProducts.runsOn(CUDA), "a Hopper GPU");
+        return ModelConfig.llama(1000, width, 1, 8, 2, inner, 512).withHeadDim(64);
+    }
+
+    @ParameterizedTest(name = "{0} columns, {1} rows of weights")
+    @CsvSource({"896, 1025", "1024, 4096", "3080, 520", "40, 515"})
+    void multiplies(int k, int n) {
+        try (HopperProducts products = new HopperProducts(CUDA, config(896, 1024), GeneratorOptions.defaults())) {
+            for (int i = 0; i < VARIANTS.length; i++) {
+                try (Scope scope = Scope.open()) {
+                    multiplies(products, VARIANTS[i], ROWS[i % ROWS.length], k, n);
+                }
+            }
+            Cuda.synchronize(CUDA);
+        }
+    }
+
+    private void multiplies(HopperProducts products, Variant variant, int rows, int k, int n) {
+        String what = variant + ", " + rows + " rows, " + n + " x " + k;
+        Tensor x = normal(1, rows, k);
+        Tensor weight = normal(1 / Math.sqrt(k), 2L * n, k);
+        Tensor expected = exact(x).matmul(exact(weight).transpose(0, 1));
+        int stride = n + GAP;
+        Tensor plain = poison(DType.BFLOAT16, rows + 1, stride);
+        Tensor floats = poison(DType.FLOAT32, rows + 1, stride);
+        Tensor gated = poison(DType.BFLOAT16, rows + 1, stride);
+        // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
+        Cuda.synchronize(CUDA);
+        products.product(variant, Kind.PLAIN, rows, n, k, stride).run(x.address(), weight.address(), plain.address());
+        products.product(variant, Kind.FLOAT, rows, n, k, stride).run(x.address(), weight.address(), floats.address());
+        compareWithin(what, plain, expected.narrow(1, 0, n), ROUNDING);
+        compareWithin(what + ", float32", floats, expected.narrow(1, 0, n), PRODUCT_TOLERANCE);
+        if (n % 8 == 0) {
+            products.product(variant, Kind.GATED, rows, n, k, stride)
+                    .activate(x.address(), weight.address(), gated.address(), RowSquares.NONE);
+            compareWithin(what + ", gated", gated, rounded(rounded(expected.narrow(1, 0, n)).silu()).mul(rounded(expected.narrow(1, n, n))),
+                    TOLERANCE);
+        }
+    }
+
+    /** What is past the rows and the columns stays as it was. */
+    private static void compareWithin(String what, Tensor out, Tensor expected, double tolerance) {
+        long rows = expected.size(0);
+        long n = expected.size(1);
+        compare(what, out.narrow(0, 0, rows).narrow(1, 0, n), expected, tolerance);
+        assertSame(what + ": past the columns", out.narrow(1, n, GAP), poison(out.dtype(), rows + 1, GAP));
+        assertSame(what + ": past the rows", out.narrow(0, rows, 1), poison(out.dtype(), 1, n + GAP));
+    }
+
     @ParameterizedTest(name = "width {0}, inner {1}")
     @CsvSource({"1024, 3072", "896, 4864", "1536, 8960", "4096, 1032"})
     void equalsProductAndNorm(int width, int inner) {
-        assumeTrue(HopperProducts.runsOn(CUDA), "a Hopper GPU");
-        ModelConfig config = ModelConfig.llama(1000, width, 1, 8, 2, inner, 512).withHeadDim(64);
+        ModelConfig config = config(width, inner);
         GeneratorOptions options = GeneratorOptions.defaults();
         Kernel norm = load(config, options, "layer.cu").getFirst().kernel("residualNorm");
         try (HopperProducts products = new HopperProducts(CUDA, config, options)) {
@@ -61,12 +113,13 @@ class AddedProductTest extends KernelTest {
         Tensor gated = poison(DType.BFLOAT16, rows, inner);
         // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
         Cuda.synchronize(CUDA);
-        products.product(first, Kind.PLAIN, rows, width, inner, width).run(x.address(), weight.address(), product.address());
+        HopperProducts.Product activating = products.product(second, Kind.GATED, rows, inner, width, inner);
+        products.product(first, Kind.PLAIN, rows, width, inner, width)
+                .run(x.address(), weight.address(), product.address());
         Grid grid = CudaDecoder.rowGrid(rows, width);
         norm.launch(CUDA, grid, expected.address(), product.address(), 0L, normWeight.address(), 0L, normed.address(), width,
                 (float) EPSILON, ints(rows).address());
-        products.product(second, Kind.GATED, rows, inner, width, inner)
-                .activate(normed.address(), gates.address(), gated.address(), RowSquares.NONE);
+        activating.activate(normed.address(), gates.address(), gated.address(), RowSquares.NONE);
 
         Tensor residual = before.copy();
         Tensor scaled = poison(DType.BFLOAT16, rows, width);
@@ -76,8 +129,7 @@ class AddedProductTest extends KernelTest {
         Cuda.synchronize(CUDA);
         products.product(first, Kind.ADDED, rows, width, inner, 0)
                 .add(x.address(), weight.address(), residual.address(), normWeight.address(), scaled.address(), squares);
-        products.product(second, Kind.GATED, rows, inner, width, inner)
-                .activate(scaled.address(), gates.address(), activated.address(), squares);
+        activating.activate(scaled.address(), gates.address(), activated.address(), squares);
 
         assertSame(what + ": residual", residual, expected);
         assertSame(what + ": times the norm's weight", scaled, residual.mul(normWeight));
