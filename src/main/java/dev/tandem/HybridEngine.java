@@ -21,6 +21,7 @@ import dev.tandem.model.ModelFolder;
 import dev.tandem.model.Tokenizer;
 import dev.tandem.model.WeightArena;
 import dev.tandem.parallel.Ranks;
+import dev.tandem.parallel.Shares;
 import dev.tandem.training.PendingStep;
 import dev.tandem.training.TokenLoss;
 import dev.tandem.training.TrainStep;
@@ -257,20 +258,11 @@ public final class HybridEngine implements AutoCloseable {
 
     /** Each prompt in turn to the rank with the least to do, counting prompts and what they may generate. */
     private List<List<Prompt>> share(List<Prompt> prompts) {
-        List<List<Prompt>> shares = new ArrayList<>();
-        long[] load = new long[ranks.count()];
-        for (int i = 0; i < ranks.count(); i++) {
-            shares.add(new ArrayList<>());
-        }
+        Shares<Prompt> shares = new Shares<>(ranks.count());
         for (Prompt prompt : prompts) {
-            int least = 0;
-            for (int i = 1; i < load.length; i++) {
-                least = load[i] < load[least] ? i : least;
-            }
-            shares.get(least).add(prompt);
-            load[least] += prompt.tokens().length + (long) prompt.params().n() * prompt.params().maxTokens();
+            shares.add(prompt, prompt.tokens().length + (long) prompt.params().n() * prompt.params().maxTokens());
         }
-        return shares;
+        return shares.lists();
     }
 
     /**

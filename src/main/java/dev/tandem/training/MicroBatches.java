@@ -1,7 +1,7 @@
 package dev.tandem.training;
 
+import dev.tandem.parallel.Shares;
 import java.util.ArrayList;
-import java.util.Arrays;
 import java.util.Comparator;
 import java.util.List;
 import java.util.stream.IntStream;
@@ -18,20 +18,14 @@ final class MicroBatches {
 
     /** {@return for each rank its micro-batches, each a list of indices of {@code sequences}; ranks may have different numbers} */
     static List<List<List<Integer>>> cut(List<TrainingSequence> sequences, int tokenBudget, int ranks) {
-        List<List<Integer>> shares = new ArrayList<>();
-        long[] load = new long[ranks];
-        for (int r = 0; r < ranks; r++) {
-            shares.add(new ArrayList<>());
-        }
+        Shares<Integer> shares = new Shares<>(ranks);
         List<Integer> order = IntStream.range(0, sequences.size()).boxed()
                 .sorted(Comparator.comparingInt((Integer i) -> -sequences.get(i).inputTokens()))
                 .toList();
         for (int i : order) {
-            int least = least(load);
-            shares.get(least).add(i);
-            load[least] += sequences.get(i).inputTokens();
+            shares.add(i, sequences.get(i).inputTokens());
         }
-        return shares.stream().map(share -> pack(sequences, share, tokenBudget)).toList();
+        return shares.lists().stream().map(share -> pack(sequences, share, tokenBudget)).toList();
     }
 
     private static List<List<Integer>> pack(List<TrainingSequence> sequences, List<Integer> share, int tokenBudget) {
@@ -48,26 +42,15 @@ final class MicroBatches {
             }
         }
         for (int count = Math.toIntExact(Math.ceilDiv(tokens, tokenBudget)); !rest.isEmpty(); count++) {
-            long[] load = new long[count];
-            List<List<Integer>> even = IntStream.range(0, count).<List<Integer>>mapToObj(n -> new ArrayList<>()).toList();
+            Shares<Integer> even = new Shares<>(count);
             for (int i : rest) {
-                int least = least(load);
-                even.get(least).add(i);
-                load[least] += sequences.get(i).inputTokens();
+                even.add(i, sequences.get(i).inputTokens());
             }
-            if (Arrays.stream(load).allMatch(n -> n <= tokenBudget)) {
-                batches.addAll(even);
+            if (even.most() <= tokenBudget) {
+                batches.addAll(even.lists());
                 break;
             }
         }
         return batches;
-    }
-
-    private static int least(long[] load) {
-        int least = 0;
-        for (int i = 1; i < load.length; i++) {
-            least = load[i] < load[least] ? i : least;
-        }
-        return least;
     }
 }
