@@ -312,8 +312,8 @@ final class CudaProducts implements AutoCloseable {
             case PLAIN, FLOAT -> (by, i) -> by.run(x, of.weights[i], out);
             case GATED -> (by, i) -> by.activate(x, of.weights[i], out, RowSquares.NONE);
             case ROTATED -> (by, i) -> by.rotate(x, of.weights[i], RowSquares.NONE, rotation.arguments(i));
-            case ADDED -> (by, i) -> by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(),
-                    squares());
+            case ADDED -> (by, i) ->
+                    by.add(x, of.weights[i], out, norm(0, ParameterRole.MLP_NORM_WEIGHT), buffers.normed.address(), squares());
         });
     }
 

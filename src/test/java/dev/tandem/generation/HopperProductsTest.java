@@ -114,8 +114,7 @@ class HopperProductsTest extends KernelTest {
         // Weights may be read before a kernel waits for its predecessor, which in a step never writes them.
         Cuda.synchronize(CUDA);
         HopperProducts.Product activating = products.product(second, Kind.GATED, rows, inner, width, inner);
-        products.product(first, Kind.PLAIN, rows, width, inner, width)
-                .run(x.address(), weight.address(), product.address());
+        products.product(first, Kind.PLAIN, rows, width, inner, width).run(x.address(), weight.address(), product.address());
         Grid grid = CudaDecoder.rowGrid(rows, width);
         norm.launch(CUDA, grid, expected.address(), product.address(), 0L, normWeight.address(), 0L, normed.address(), width,
                 (float) EPSILON, ints(rows).address());
