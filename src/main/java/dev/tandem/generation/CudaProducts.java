@@ -114,13 +114,11 @@ final class CudaProducts implements AutoCloseable {
         HopperProducts own = HopperProducts.runsOn(device) ? new HopperProducts(device, config, options) : null;
         if (own != null) {
             owned.push(own::close);
-            List<Size> sizes = new ArrayList<>(
-                    List.of(qkv.size, output.size, activates() ? gated.size : widen.size, narrow.size, head.size));
-            if (HopperProducts.rotates(config.headDim())) {
-                sizes.add(rotated().size);
-                if (addsNorms()) {
-                    sizes.addAll(List.of(added(output).size, added(narrow).size));
-                }
+            boolean rotates = HopperProducts.rotates(config.headDim());
+            List<Size> sizes = new ArrayList<>(List.of(rotates ? rotated().size : qkv.size, output.size,
+                    activates() ? gated.size : widen.size, narrow.size, head.size));
+            if (rotates && addsNorms()) {
+                sizes.addAll(List.of(added(output).size, added(narrow).size));
             }
             owned.push(own.compileAhead(sizes, options.maxRunning())::close);
         }
@@ -243,8 +241,8 @@ final class CudaProducts implements AutoCloseable {
      * queries, keys and values rotates where it can. Then Tandem's alone, with the norms.
      */
     private void hopper(HopperProducts own, int rows, Timed byCublas, List<Way> found) {
-        boolean rotates = HopperProducts.rotates(config.headDim());
-        HopperProducts.Product rotated = rotates ? tune(own, rows, rotated()) : null;
+        HopperProducts.Product rotated = HopperProducts.rotates(config.headDim()) ? tune(own, rows, rotated()) : null;
+        boolean rotates = rotated != null;
         Product byQkv = rotated == null ? faster(own, rows, qkv, byCublas.qkv) : rotating(rotated, RowSquares.NONE);
         Product byOutput = faster(own, rows, output, byCublas.output);
         Product byNarrow = faster(own, rows, narrow, byCublas.narrow);
