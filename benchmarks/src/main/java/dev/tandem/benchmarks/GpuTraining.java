@@ -59,12 +59,15 @@ final class GpuTraining {
         }
     }
 
-    /** {@return an engine with room for training: its KV cache is small} */
     static HybridEngine engine(String shape, DType moments) {
+        return HybridEngine.create(Shapes.config(shape).withMaxPositions(LENGTH), null, options(moments));
+    }
+
+    /** {@return options that leave room for training: the KV cache is small} */
+    static EngineOptions options(DType moments) {
         EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
                 .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30);
-        options = options.training(options.training().moments(moments));
-        return HybridEngine.create(Shapes.config(shape).withMaxPositions(LENGTH), null, options);
+        return options.training(options.training().moments(moments));
     }
 
     /** {@return 8 sequences of 4,096 tokens} */

@@ -8,7 +8,6 @@ import dev.tandem.device.DType;
 import dev.tandem.device.Device;
 import dev.tandem.device.DeviceMemory;
 import dev.tandem.device.TandemException;
-import dev.tandem.generation.GeneratorOptions;
 import dev.tandem.model.ModelConfig;
 import dev.tandem.training.TrainingSequence;
 import java.util.List;
@@ -93,9 +92,8 @@ final class TrainingLimits {
     }
 
     private static EngineOptions options(int tokens, boolean rounds) {
-        EngineOptions options = EngineOptions.defaults().devices(CUDA).dtype(DType.BFLOAT16)
-                .generation(GeneratorOptions.forGpu().step(256, 16, 256)).kvBytes(1L << 30)
+        EngineOptions options = GpuTraining.options(rounds ? DType.BFLOAT16 : DType.FLOAT32)
                 .memoryLimit((long) (SHARE * DeviceMemory.available(CUDA)));
-        return options.training(options.training().microBatchTokens(tokens).moments(rounds ? DType.BFLOAT16 : DType.FLOAT32));
+        return options.training(options.training().microBatchTokens(tokens));
     }
 }
