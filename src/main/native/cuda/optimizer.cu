@@ -24,8 +24,9 @@
 //
 // Moments of 16 bits (MOMENTS_BF16): the update uses m and v before they are rounded; what is kept is rounded up or down at
 // random with the probabilities that leave the mean unchanged, or a slow average would stand still: with beta2 = 0.999 most steps
-// change v by less than half of its last bit. The bits come from CounterRandom.bits(seed, t, index of the element): 16 for m, the
-// next 16 for v. So a run repeats bit for bit, however the elements are spread over launches and devices.
+// change v by less than half of its last bit. Element i has the (i mod 4)-th 16 bits of CounterRandom.bits(seed, t, i / 4), the same for
+// m and v, each of which keeps its mean: with 32 bits of its own for each element half of all instructions would be spent on them. So a
+// run repeats bit for bit, however the elements are spread over launches and devices.
 //
 // Memory is the limit. Bytes for each element, read + written (+ 4 where the gradient is cleared):
 //   float32 moments 16 + 12, bfloat16 moments 12 + 8; for float32 weights the same
@@ -107,17 +108,16 @@ DEVICE void store(float* to, const float (&x)[4]) {
     __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
 }
 
-DEVICE void store(bf16* to, const float (&x)[4]) {
-    __stcs(reinterpret_cast<uint2*>(to), make_uint2(packBf16(x[0], x[1]), packBf16(x[2], x[3])));
+// The upper halves of these.
+DEVICE void storeUpper(bf16* to, u32 a, u32 b, u32 c, u32 d) {
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(__byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x7632)));
 }
 
 DEVICE float toFloat(float x) { return x; }
-DEVICE void store(float* to, float x) { *to = x; }
-DEVICE void store(bf16* to, float x) { *to = toBf16(x); }
 
 // ---- masters ---------------------------------------------------------------------------------------------------------------
 
-DEVICE bool isFinite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+DEVICE bool isFinite(float x) { return (~__float_as_uint(x) & 0x7f800000u) != 0; }
 
 #if WEIGHTS_FLOAT  // they are their own masters
 DEVICE void loadMasters(float (&x)[4], const float* weights, const bf16*, long long at) { load(x, weights + at); }
@@ -130,11 +130,8 @@ DEVICE float join(u32 weight, u32 remainder) {
     return __uint_as_float(weight + ((weight & 0x7fffffffu) ? (int) (short) remainder : 0));
 }
 
-// The weight in the upper half, the remainder in the lower one.
-DEVICE u32 split(float master) {
-    const u32 bits = __float_as_uint(master);
-    return ((isFinite(master) ? bits + 0x8000u : packBf16(0.0f, master)) & 0xffff0000u) | (bits & 0xffffu);
-}
+// The upper half is the weight; the remainder is the master's lower half. A NaN stays one.
+DEVICE u32 rounded(float master) { return master != master ? 0x7fff0000u : __float_as_uint(master) + 0x8000u; }
 
 DEVICE void loadMasters(float (&x)[4], const bf16* weights, const bf16* remainder, long long at) {
     const uint2 w = __ldcs(reinterpret_cast<const uint2*>(weights + at)), r = __ldcs(reinterpret_cast<const uint2*>(remainder + at));
@@ -143,8 +140,8 @@ DEVICE void loadMasters(float (&x)[4], const bf16* weights, const bf16* remainde
 }
 
 DEVICE void storeMasters(bf16* weights, bf16* remainder, long long at, const float (&x)[4]) {
-    const u32 a = split(x[0]), b = split(x[1]), c = split(x[2]), d = split(x[3]);
-    __stcs(reinterpret_cast<uint2*>(weights + at), make_uint2(__byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x7632)));
+    storeUpper(weights + at, rounded(x[0]), rounded(x[1]), rounded(x[2]), rounded(x[3]));
+    const u32 a = __float_as_uint(x[0]), b = __float_as_uint(x[1]), c = __float_as_uint(x[2]), d = __float_as_uint(x[3]);
     __stcs(reinterpret_cast<uint2*>(remainder + at), make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410)));
 }
 
@@ -153,8 +150,7 @@ DEVICE float loadMaster(const bf16* weights, const bf16* remainder, long long at
 }
 
 DEVICE void storeMaster(bf16* weights, bf16* remainder, long long at, float x) {
-    const u32 both = split(x);
-    weights[at] = (bf16) (both >> 16), remainder[at] = (bf16) both;
+    weights[at] = (bf16) (rounded(x) >> 16), remainder[at] = (bf16) __float_as_uint(x);
 }
 #endif
 
@@ -290,30 +286,44 @@ DEVICE Factors factorsOf(const StepState* state, double lr, double beta1, double
     return f;
 }
 
-// x rounded to a bfloat16 next to it: the 16 bits of noise carry into those that stay with the probability of the part cut off.
-DEVICE float roundRandomly(float x, u32 noise) {
-    return isFinite(x) ? __uint_as_float((__float_as_uint(x) + noise) & 0xffff0000u) : x;
+// For each of four elements 16 bits of noise, the first's the lowest.
+DEVICE u64 noiseOf(const Factors& f, u64 element) {
+    const u32 shift = 16 * (element & 3);
+    u64 bits = mix((f.key ^ (element / 4)) + GAMMA);
+    if (shift) {  // in all vectors of a run or in none
+        bits = bits >> shift | mix((f.key ^ (element / 4 + 1)) + GAMMA) << (64 - shift);
+    }
+    return bits;
 }
 
-// Not rounded to the last bit, but without a branch for zeros, of which rows of tokens that never occur are full. What it yields
-// is scaled by the learning rate, and its last bits do not reach the weight.
-DEVICE float squareRoot(float x) {
-    float y;
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+// The upper half is x rounded to a bfloat16 next to it: the 16 bits of noise carry into it with the probability of the part cut off. They
+// leave an infinity what it is; a NaN there would be one of the weight, which is lost with it.
+DEVICE u32 roundRandomly(float x, u64 noise) { return __float_as_uint(x) + ((u32) noise & 0xffff); }
+
+DEVICE void storeMoments(bf16* to, const float (&x)[4], u64 noise) {
+    storeUpper(to, roundRandomly(x[0], noise), roundRandomly(x[1], noise >> 16), roundRandomly(x[2], noise >> 32),
+               roundRandomly(x[3], noise >> 48));
 }
 
-DEVICE void update(const Factors& f, float gradient, float& first, float& second, float& weight, long long index) {
+DEVICE void storeMoments(float* to, const float (&x)[4], u64) { store(to, x); }
+DEVICE void storeMoment(bf16* to, float x, u64 noise) { *to = (bf16) (roundRandomly(x, noise) >> 16); }
+DEVICE void storeMoment(float* to, float x, u64) { *to = x; }
+
+// x / (sqrt(y) * factor + epsilon), not rounded to the last bit, but without branches, for zeros, of which rows of tokens that never occur
+// are full, and for subnormal numbers, which count as zeros. What it yields is scaled by the learning rate, and its last bits do not reach
+// the weight.
+DEVICE float quotient(float x, float y, float factor, float epsilon) {
+    float root, reciprocal;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(y));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(fmaf(root, factor, epsilon)));
+    return x * reciprocal;
+}
+
+DEVICE void update(const Factors& f, float gradient, float& first, float& second, float& weight) {
     const float g = __fmul_rn(gradient, f.scale);  // not contracted with what follows, anywhere
     first = fmaf(f.complement1, g - first, first);
     second = fmaf(f.complement2 * g, g, f.beta2 * second);
-    const float denominator = fmaf(squareRoot(second), f.inverseCorrection, f.epsilon);
-    weight -= fmaf(f.rate, __fdividef(first, denominator), f.lrDecay * weight);
-    if (MOMENTS_BF16) {
-        const u32 noise = (u32) mix((f.key ^ (u64) index) + GAMMA);
-        first = roundRandomly(first, noise & 0xffff);
-        second = roundRandomly(second, noise >> 16);
-    }
+    weight -= fmaf(f.rate, quotient(first, second, f.inverseCorrection, f.epsilon), f.lrDecay * weight);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
@@ -354,10 +364,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
             const long long at = cut.lead + 4 * (from + k * THREADS);
             if (f.apply) {
                 UNROLL for (int i = 0; i < 4; i++) {
-                    update(f, g[k][i], m[k][i], v[k][i], w[k][i], index + at + i);
+                    update(f, g[k][i], m[k][i], v[k][i], w[k][i]);
                 }
-                store(first + at, m[k]);
-                store(second + at, v[k]);
+                const u64 noise = MOMENTS_BF16 ? noiseOf(f, index + at) : 0;
+                storeMoments(first + at, m[k], noise);
+                storeMoments(second + at, v[k], noise);
                 storeMasters(weights, remainder, at, w[k]);
             }
             if (clear) {
@@ -371,9 +382,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
         if (f.apply) {
             float mean = toFloat(first[at]), square = toFloat(second[at]);
             float weight = loadMaster(weights, remainder, at);
-            update(f, gradient[at], mean, square, weight, index + at);
-            store(first + at, mean);
-            store(second + at, square);
+            update(f, gradient[at], mean, square, weight);
+            const u64 noise = MOMENTS_BF16 ? noiseOf(f, index + at) : 0;
+            storeMoment(first + at, mean, noise);
+            storeMoment(second + at, square, noise);
             storeMaster(weights, remainder, at, weight);
         }
         if (clear) {

@@ -44,10 +44,15 @@ final class RandomRounding {
         MemorySegment roundedSquares = roundedSecond.memory();
         int count = Math.toIntExact(first.elements());
         for (int i = 0; i < count; i++) {
-            int noise = (int) mix(key ^ (element + i));
-            roundedMeans.setAtIndex(ValueLayout.JAVA_SHORT, i, round(means.getAtIndex(ValueLayout.JAVA_INT, i), noise & 0xffff));
-            roundedSquares.setAtIndex(ValueLayout.JAVA_SHORT, i, round(squares.getAtIndex(ValueLayout.JAVA_INT, i), noise >>> 16));
+            int noise = noise(element + i);
+            roundedMeans.setAtIndex(ValueLayout.JAVA_SHORT, i, round(means.getAtIndex(ValueLayout.JAVA_INT, i), noise));
+            roundedSquares.setAtIndex(ValueLayout.JAVA_SHORT, i, round(squares.getAtIndex(ValueLayout.JAVA_INT, i), noise));
         }
+    }
+
+    /** {@return 16 bits for both moments of an element, each of which keeps its mean} Four elements share 64. */
+    private int noise(long element) {
+        return (int) (mix(key ^ (element >>> 2)) >>> 16 * (int) (element & 3)) & 0xffff;
     }
 
     /**

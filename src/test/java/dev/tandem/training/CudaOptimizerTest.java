@@ -2,6 +2,7 @@ package dev.tandem.training;
 
 import static org.junit.jupiter.api.Assertions.assertArrayEquals;
 import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import dev.tandem.device.Cuda;
 import dev.tandem.device.DType;
@@ -15,13 +16,17 @@ import dev.tandem.model.WeightLayout;
 import dev.tandem.parallel.Collectives;
 import dev.tandem.testing.Gpu;
 import dev.tandem.testing.TinyModels;
+import java.lang.foreign.MemorySegment;
 import java.lang.foreign.ValueLayout;
+import java.util.Arrays;
 import java.util.List;
+import java.util.Random;
+import java.util.function.DoubleSupplier;
 import org.junit.jupiter.api.Test;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.CsvSource;
 
-/** The optimizer's state on the device, on the host, or on both: the same bits. */
+/** What the optimizer's kernels compute, and its state on the device, on the host, or on both: the same bits. */
 @Gpu
 class CudaOptimizerTest {
     private static final Device CUDA = Device.cuda(0);
@@ -84,6 +89,135 @@ class CudaOptimizerTest {
             assertArrayEquals(expected.memory().toArray(ValueLayout.JAVA_SHORT),
                     drawn.on(Device.cpu()).memory().toArray(ValueLayout.JAVA_SHORT));
         }
+    }
+
+    /** The paper's formula in float64, for a run of elements that begins anywhere; those around it stay as they are. */
+    @ParameterizedTest
+    @CsvSource({"FLOAT32, FLOAT32", "FLOAT32, BFLOAT16", "BFLOAT16, FLOAT32", "BFLOAT16, BFLOAT16"})
+    void updatesAsThePaper(DType weightType, DType momentType) {
+        int n = 20_032;
+        double lr = 1e-3;
+        TrainerOptions options = TrainerOptions.defaults().weightDecay(0.1, true).moments(momentType).clip(0.5);
+        OptimizerLayout layout = OptimizerLayout.of(n, weightType, options);
+        Random random = new Random(3);
+        for (int start : new int[] {0, 1, 6}) {
+            int end = n - 3;
+            try (OptimizerKernels kernels = new OptimizerKernels(CUDA, weightType, options, 9); Scope scope = Scope.open()) {
+                Tensor gradients = Tensor.of(Device.cpu(), floats(n, () -> 0.01 * random.nextGaussian()));
+                gradients.narrow(0, 500, 70).fillInPlace(0);
+                double norm = Math.sqrt(gradients.to(DType.FLOAT64).square().sum().item());
+                Adam before = new Adam(
+                        Tensor.of(Device.cpu(), floats(n, random::nextGaussian)).to(weightType),
+                        MemorySegment.ofArray(new short[n]),
+                        Tensor.of(Device.cpu(), floats(n, () -> 0.01 * random.nextGaussian())).to(momentType),
+                        Tensor.of(Device.cpu(), floats(n, () -> 1e-4 * random.nextDouble())).to(momentType));
+                if (layout.splits()) {
+                    RandomRounding.draw(4, before.weights, before.remainders, 0);
+                }
+                Tensor weights = before.weights.on(CUDA);
+                Tensor state = before.onDevice(layout);
+                Tensor gradient = gradients.on(CUDA);
+                kernels.begin(gradient, Tensor.zeros(CUDA, DType.FLOAT32, 1), Collectives.alone());
+                kernels.update(gradient.address() + 4L * start, state.address(), layout, start, false,
+                        weights.address() + (long) start * weightType.bytes(), end - start, 7 + start, lr, true);
+                Adam after = Adam.of(layout, weights, state, weightType, momentType);
+
+                double scale = 0.5 / (norm + 1e-6);
+                double[] master = before.masters();
+                double[] first = doubles(before.first);
+                double[] second = doubles(before.second);
+                for (int i = start; i < end; i++) {
+                    double g = scale * gradients.memory().getAtIndex(ValueLayout.JAVA_FLOAT, i);
+                    first[i] += (1 - options.beta1()) * (g - first[i]);
+                    second[i] = options.beta2() * second[i] + (1 - options.beta2()) * g * g;
+                    double root = Math.sqrt(second[i]) / Math.sqrt(1 - options.beta2());
+                    master[i] -= lr * 0.1 * master[i] + lr / (1 - options.beta1()) * first[i] / (root + options.epsilon());
+                }
+                String what = weightType + " weights, " + momentType + " moments from element " + start + " on";
+                assertClose(what + ": masters", master, after.masters(), 1e-6);
+                if (momentType == DType.FLOAT32) {
+                    assertClose(what + ": first moments", first, doubles(after.first), 1e-8);
+                    assertClose(what + ": second moments", second, doubles(after.second), 1e-10);
+                } else {
+                    Adam rounded = before.withMoments(new RandomRounding(9, 1), first, second, 7, start, end);
+                    assertNearlyAllEqual(what + ": first moments", rounded.first, after.first);
+                    assertNearlyAllEqual(what + ": second moments", rounded.second, after.second);
+                }
+            }
+        }
+    }
+
+    /** Weights and what the optimizer keeps of them, on the CPU. */
+    private record Adam(Tensor weights, MemorySegment remainders, Tensor first, Tensor second) {
+        static Adam of(OptimizerLayout layout, Tensor weights, Tensor state, DType weightType, DType momentType) {
+            MemorySegment bytes = state.on(Device.cpu()).memory();
+            long n = layout.elements();
+            return new Adam(weights.on(Device.cpu()), bytes,
+                    Tensor.wrap(bytes.asSlice(layout.first(0)), momentType, n), Tensor.wrap(bytes.asSlice(layout.second(0)), momentType, n));
+        }
+
+        Tensor onDevice(OptimizerLayout layout) {
+            Tensor state = Tensor.empty(Device.cpu(), DType.FLOAT32, layout.bytes() / Float.BYTES);
+            if (layout.splits()) {
+                state.memory().copyFrom(remainders);
+            }
+            state.memory().asSlice(layout.first(0)).copyFrom(first.memory());
+            state.memory().asSlice(layout.second(0)).copyFrom(second.memory());
+            return state.on(CUDA);
+        }
+
+        double[] masters() {
+            if (weights.dtype() == DType.FLOAT32) {
+                return doubles(weights);
+            }
+            Tensor masters = Tensor.empty(Device.cpu(), DType.FLOAT32, weights.elements());
+            SplitMasters.join(weights, remainders, masters);
+            return doubles(masters);
+        }
+
+        /** Those of elements from {@code start} to {@code end} rounded, the others as they are. */
+        Adam withMoments(RandomRounding rounding, double[] means, double[] squares, long element, int start, int end) {
+            Adam made = new Adam(weights, remainders, first.copy(), second.copy());
+            int n = end - start;
+            rounding.round(
+                    Tensor.of(Device.cpu(), floats(n, Arrays.stream(means, start, end).iterator()::next)),
+                    Tensor.of(Device.cpu(), floats(n, Arrays.stream(squares, start, end).iterator()::next)),
+                    made.first.narrow(0, start, n), made.second.narrow(0, start, n), element + start);
+            return made;
+        }
+    }
+
+    private static float[] floats(int n, DoubleSupplier numbers) {
+        float[] made = new float[n];
+        for (int i = 0; i < n; i++) {
+            made[i] = (float) numbers.getAsDouble();
+        }
+        return made;
+    }
+
+    private static double[] doubles(Tensor tensor) {
+        return tensor.to(DType.FLOAT64).memory().toArray(ValueLayout.JAVA_DOUBLE);
+    }
+
+    private static void assertClose(String what, double[] expected, double[] found, double tolerance) {
+        double largest = 0;
+        for (int i = 0; i < expected.length; i++) {
+            largest = Math.max(largest, Math.abs(expected[i] - found[i]));
+        }
+        System.out.printf("%s: largest difference %.1e%n", what, largest);
+        assertTrue(largest <= tolerance, what + ": largest difference " + largest);
+    }
+
+    /** What is rounded differs in the last bits of float32, which seldom decide. */
+    private static void assertNearlyAllEqual(String what, Tensor expected, Tensor found) {
+        short[] left = expected.memory().toArray(ValueLayout.JAVA_SHORT);
+        short[] right = found.memory().toArray(ValueLayout.JAVA_SHORT);
+        int differing = 0;
+        for (int i = 0; i < left.length; i++) {
+            differing += left[i] == right[i] ? 0 : 1;
+        }
+        System.out.printf("%s: %d of %d differ%n", what, differing, left.length);
+        assertTrue(differing <= left.length / 1000, what + ": " + differing + " of " + left.length + " differ");
     }
 
     @ParameterizedTest
