@@ -609,7 +609,7 @@ public final class Tensor implements AutoCloseable {
 
     // ---- selecting ------------------------------------------------------------------------------------------------------
 
-    /** {@return the rows (indices of a dimension) named by an INT64 tensor} */
+    /** {@return the rows (indices of a dimension) named by an INT64 or INT32 tensor} */
     public Tensor indexSelect(int dimension, Tensor index) {
         return new Tensor(checked(() -> t.index_select(dimension, index.t)));
     }

@@ -285,58 +285,94 @@ final class CudaDecoder implements AutoCloseable {
         forward(rows, true, rows, 0, rows, by);
     }
 
+    /**
+     * Rows of a step's matrices.
+     *
+     * @param count for how many kernels are launched
+     * @param address of how many there are
+     */
+    private record Rows(int count, long address) {}
+
     private void forward(int tokens, boolean decodes, int decodeRows, int tiles, int wanted, CudaProducts.Way by) {
         try (Scope scope = Scope.open()) {
-            long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
-            long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
-            long count = input.countAddress(StepLayout.TOKENS);
-            Grid rows = rowGrid(tokens, config.hiddenSize());
-            embed(rows, tokens, ids, positions, count);
+            Rows rows = new Rows(tokens, input.countAddress(StepLayout.TOKENS));
+            embed(rows, decodes);
             if (decodeRows > 0) {
                 kernels.planDecode.launch(device, Grid.of(1, 256), input.address(Field.ROW_SLOT), input.address(Field.ROW_LENGTH),
                         input.countAddress(StepLayout.DECODE_ROWS), maxRows, maxItems, wantedItems(config), work.address(), workCount());
             }
-            long addend = 0;
-            long addendBias = 0;
-            for (int layer = 0; layer < config.layers(); layer++) {
+            boolean all = wanted == tokens;
+            int last = config.layers() - 1;
+            for (int layer = 0; layer <= last; layer++) {
                 try (Scope inner = Scope.open()) {
-                    WeightGroup w = arena.layer(layer);
-                    if (layer == 0 || !by.adds()) {
-                        norm(rows, addend, addendBias, w, ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS);
+                    if (layer == 0) {
+                        norm(rows, 0, 0, arena.layer(0), ParameterRole.ATTENTION_NORM_WEIGHT, ParameterRole.ATTENTION_NORM_BIAS, normed);
+                    } else if (!by.adds()) {
+                        norm(rows, projected.address(), narrowBias(layer - 1), arena.layer(layer), ParameterRole.ATTENTION_NORM_WEIGHT,
+                                ParameterRole.ATTENTION_NORM_BIAS, normed);
                     }
-                    project(layer, w.weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
+                    project(layer, arena.layer(layer).weight(ParameterRole.Q_WEIGHT), tokens, decodes ? decodeRotation : mixedRotation, by);
                     attend(layer, decodeRows, tiles);
-                    by.output().run(layer, attended, w.weight(ParameterRole.O_WEIGHT), projected);
-                    if (!by.adds()) {
-                        norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
-                                ParameterRole.MLP_NORM_BIAS);
+                    if (layer < last || all) {
+                        feedForward(layer, attended, rows, by);
                     }
-                    by.widen().run(layer, normed, w.weight(CudaProducts.widenRole(config)), widened);
-                    if (!by.activates()) {
-                        activate(w, tokens, count);
-                    }
-                    by.narrow().run(layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected);
-                    addend = by.adds() ? 0 : projected.address();
-                    addendBias = address(w.find(ParameterRole.DOWN_BIAS));
                 }
             }
-            if (wanted > 0) {
-                head(wanted, addend, addendBias, by);
+            if (all) {
+                head(wanted, by);
+            } else if (wanted > 0) {
+                finish(wanted);
             }
         }
     }
 
-    private void embed(Grid rows, int tokens, long ids, long positions, long count) {
-        kernels.resolveTokens.launch(device, Grid.of(Math.ceilDiv(tokens, 256), 256), ids, lastToken.address(), count);
-        WeightGroup embedding = arena.embedding();
-        int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
-        kernels.embed.launch(device, rows, ids, positions, address(embedding.find(ParameterRole.EMBED_TOKENS)),
-                address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset, residual.address(), config.hiddenSize(), count);
+    /** The rest of the last layer, and logits, for the rows that these are wanted of: the others leave no more than keys and values. */
+    private void finish(int wanted) {
+        Rows rows = new Rows(wanted, input.countAddress(StepLayout.WANTED));
+        CudaProducts.Way by = products.large(wanted, wanted);
+        Tensor chosen = input.wanted();
+        residual.narrow(0, 0, wanted).copyInPlace(residual.indexSelect(0, chosen));
+        int last = config.layers() - 1;
+        feedForward(last, attended.indexSelect(0, chosen), rows, by);
+        norm(rows, projected.address(), narrowBias(last), arena.head(), ParameterRole.FINAL_NORM_WEIGHT, ParameterRole.FINAL_NORM_BIAS,
+                hidden);
+        by.head().run(0, hidden, arena.logitMatrix(), logits);
     }
 
-    private void norm(Grid rows, long addend, long addendBias, WeightGroup w, ParameterRole weight, ParameterRole bias) {
-        kernels.residualNorm.launch(device, rows, residual.address(), addend, addendBias, address(w.find(weight)), address(w.find(bias)),
-                normed.address(), config.hiddenSize(), (float) config.normEps(), input.countAddress(StepLayout.TOKENS));
+    private void embed(Rows rows, boolean decodes) {
+        long ids = input.address(decodes ? Field.ROW_TOKENS : Field.TOKENS);
+        long positions = input.address(decodes ? Field.ROW_POSITIONS : Field.POSITIONS);
+        kernels.resolveTokens.launch(device, Grid.of(Math.ceilDiv(rows.count, 256), 256), ids, lastToken.address(), rows.address);
+        WeightGroup embedding = arena.embedding();
+        int offset = config.positions() instanceof Positions.Learned learned ? learned.offset() : 0;
+        int width = config.hiddenSize();
+        kernels.embed.launch(device, rowGrid(rows.count, width), ids, positions, address(embedding.find(ParameterRole.EMBED_TOKENS)),
+                address(embedding.find(ParameterRole.EMBED_POSITIONS)), offset, residual.address(), width, rows.address);
+    }
+
+    private void norm(Rows rows, long addend, long addendBias, WeightGroup w, ParameterRole weight, ParameterRole bias, Tensor out) {
+        int width = config.hiddenSize();
+        kernels.residualNorm.launch(device, rowGrid(rows.count, width), residual.address(), addend, addendBias, address(w.find(weight)),
+                address(w.find(bias)), out.address(), width, (float) config.normEps(), rows.address);
+    }
+
+    /** From what the heads attended to; unless the products add, {@link #projected} is left to be added, with {@link #narrowBias}. */
+    private void feedForward(int layer, Tensor heads, Rows rows, CudaProducts.Way by) {
+        WeightGroup w = arena.layer(layer);
+        by.output().run(layer, heads, w.weight(ParameterRole.O_WEIGHT), projected);
+        if (!by.adds()) {
+            norm(rows, projected.address(), address(w.find(ParameterRole.O_BIAS)), w, ParameterRole.MLP_NORM_WEIGHT,
+                    ParameterRole.MLP_NORM_BIAS, normed);
+        }
+        by.widen().run(layer, normed, w.weight(CudaProducts.widenRole(config)), widened);
+        if (!by.activates()) {
+            activate(w, rows);
+        }
+        by.narrow().run(layer, activated, w.weight(ParameterRole.DOWN_WEIGHT), projected);
+    }
+
+    private long narrowBias(int layer) {
+        return address(arena.layer(layer).find(ParameterRole.DOWN_BIAS));
     }
 
     /** Queries, keys and values, from the normed states to where attention reads them. */
@@ -364,17 +400,18 @@ final class CudaDecoder implements AutoCloseable {
         }
     }
 
-    private void activate(WeightGroup w, int tokens, long count) {
+    private void activate(WeightGroup w, Rows rows) {
         ParameterRole bias = config.gatedMlp() ? ParameterRole.GATE_BIAS : ParameterRole.UP_BIAS;
         int width = config.intermediateSize();
-        kernels.activate.launch(device, activateGrid(tokens, width), widened.address(), address(w.find(bias)), activated.address(),
-                width, count);
+        kernels.activate.launch(device, activateGrid(rows.count, width), widened.address(), address(w.find(bias)), activated.address(),
+                width, rows.address);
     }
 
-    private void head(int wanted, long addend, long addendBias, CudaProducts.Way by) {
+    private void head(int wanted, CudaProducts.Way by) {
         WeightGroup head = arena.head();
         int width = config.hiddenSize();
-        kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, addendBias,
+        long addend = by.adds() ? 0 : projected.address();
+        kernels.gatherNorm.launch(device, rowGrid(wanted, width), residual.address(), addend, narrowBias(config.layers() - 1),
                 address(head.find(ParameterRole.FINAL_NORM_WEIGHT)), address(head.find(ParameterRole.FINAL_NORM_BIAS)),
                 hidden.address(), width, (float) config.normEps(), input.address(Field.WANTED), input.countAddress(StepLayout.WANTED));
         by.head().run(0, hidden, arena.logitMatrix(), logits);

@@ -60,6 +60,11 @@ final class CudaStepInput implements AutoCloseable {
         return buffer.address() + layout.at(field);
     }
 
+    /** {@return INT32, the tokens of the latest step whose logits are wanted} */
+    Tensor wanted() {
+        return buffer.narrow(0, layout.at(Field.WANTED) / 4, layout.wantedCount());
+    }
+
     /** {@return the address of a count on the device} */
     long countAddress(int place) {
         return address(Field.COUNTS) + 4L * place;
