@@ -7,7 +7,7 @@
 // their partial sums, element by element, and their losses between the two stages; then all of them decide alike.
 //   norm = sqrt(sum of g^2),  scale = norm > clip ? clip / (norm + 1e-6) : 1        (Pascanu, Mikolov and Bengio 2013)
 // If norm (as float32) or loss is not finite, the step is skipped: it is counted, and `adamw` leaves weights, remainders and moments
-// as they are. It still clears the gradient if it was to, for that is what must not survive.
+// as they are.
 //
 // AdamW (Loshchilov and Hutter 2019), for each element and the t-th step that is not skipped:
 //   g  = scale * gradient
@@ -28,10 +28,12 @@
 // m and v, each of which keeps its mean: with 32 bits of its own for each element half of all instructions would be spent on them. So a
 // run repeats bit for bit, however the elements are spread over launches and devices.
 //
-// Memory is the limit. Bytes for each element, read + written (+ 4 where the gradient is cleared):
+// Memory is the limit. Bytes for each element, read + written:
 //   float32 moments 16 + 12, bfloat16 moments 12 + 8; for float32 weights the same
 // Four elements an access (16 bytes of float32), VECTORS of them at a distance per thread, so that each access of a warp is
-// contiguous. What a block needs first is under way while its factors are computed.
+// contiguous. All of a block is under way while its factors are computed. A block has one stretch of the arrays, so that blocks go over
+// them in order, at 4.2 TB/s on an H200: as many as are resident, striding through all, reach 2.7 to 3.7, as the arrays happen to lie;
+// loads and stores marked as streaming 4.0; eight elements an access 4.3 with bfloat16 moments, 4.0 with float32 ones.
 //
 // Arguments
 //   gradient       float32 [n];  first, second  Moment [n];  remainder 16 bits [n] (unused with WEIGHTS_FLOAT);  weights Weight [n]
@@ -41,17 +43,14 @@
 //   clip           float64, infinity for none;  loss  float32 [1] or null
 //   state          StepState, 32 bytes, zeros at the start of a training; a restored one needs `step` again
 //   lr, beta1, beta2, epsilon, decay   float64, decay 0 where weights do not decay
-//   clear          1: the gradient is zeros afterwards, skipped step or not
 //   seed, index    for MOMENTS_BF16: the run's seed, and which element of the whole model the first one is
 // Launches, in this order, 256 threads each
 //   squares        grid (parts). The same parts always, for the same bits; residentBlocks * multiprocessors (5 * 132 on an H200).
 //   normAndScale   grid (1)
 //   drawRemainders when weights have come from elsewhere: grid of any size, 256 threads
-//   adamw          once for each run of elements with the same decay. Any grid gives the same bits; ceil(n / (1024 * VECTORS)), at
-//                  least 1, is the fastest: so many blocks, each for one stretch, go over the arrays in order, at 4.0 TB/s on an H200,
-//                  while as many as are resident, striding through all of them, reach 2.7 to 3.7, as the arrays happen to lie.
+//   adamw          once for each run of elements with the same decay; grid ceil(n / (1024 * VECTORS))
 //
-// Macros: MOMENTS_BF16, WEIGHTS_FLOAT (the model itself is float32: its weights are their own masters), VECTORS.
+// Macros: MOMENTS_BF16, WEIGHTS_FLOAT (the model itself is float32: its weights are their own masters).
 
 #include "common.cuh"
 
@@ -60,9 +59,6 @@
 #endif
 #ifndef WEIGHTS_FLOAT
 #define WEIGHTS_FLOAT 0
-#endif
-#ifndef VECTORS
-#define VECTORS 2
 #endif
 
 #define UNROLL _Pragma("unroll")
@@ -79,6 +75,7 @@ typedef bf16 Weight;
 #endif
 
 constexpr int THREADS = 256;
+constexpr int VECTORS = 2;
 constexpr int SQUARES_VECTORS = 4;
 
 struct __align__(16) StepState {
@@ -93,24 +90,24 @@ struct __align__(16) StepState {
 
 // ---- four elements at a time -----------------------------------------------------------------------------------------------
 
-// All is used once in a step and is far larger than the cache.
+// All is used once in a step: nothing is kept in the first-level cache.
 DEVICE void load(float (&x)[4], const float* from) {
-    float4 four = __ldcs(reinterpret_cast<const float4*>(from));
+    float4 four = __ldcg(reinterpret_cast<const float4*>(from));
     x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
 }
 
 DEVICE void load(float (&x)[4], const bf16* from) {
-    uint2 four = __ldcs(reinterpret_cast<const uint2*>(from));
+    uint2 four = __ldcg(reinterpret_cast<const uint2*>(from));
     x[0] = lowFloat(four.x), x[1] = highFloat(four.x), x[2] = lowFloat(four.y), x[3] = highFloat(four.y);
 }
 
 DEVICE void store(float* to, const float (&x)[4]) {
-    __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
+    __stcg(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
 }
 
 // The upper halves of these.
 DEVICE void storeUpper(bf16* to, u32 a, u32 b, u32 c, u32 d) {
-    __stcs(reinterpret_cast<uint2*>(to), make_uint2(__byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x7632)));
+    __stcg(reinterpret_cast<uint2*>(to), make_uint2(__byte_perm(a, b, 0x7632), __byte_perm(c, d, 0x7632)));
 }
 
 DEVICE float toFloat(float x) { return x; }
@@ -134,7 +131,7 @@ DEVICE float join(u32 weight, u32 remainder) {
 DEVICE u32 rounded(float master) { return master != master ? 0x7fff0000u : __float_as_uint(master) + 0x8000u; }
 
 DEVICE void loadMasters(float (&x)[4], const bf16* weights, const bf16* remainder, long long at) {
-    const uint2 w = __ldcs(reinterpret_cast<const uint2*>(weights + at)), r = __ldcs(reinterpret_cast<const uint2*>(remainder + at));
+    const uint2 w = __ldcg(reinterpret_cast<const uint2*>(weights + at)), r = __ldcg(reinterpret_cast<const uint2*>(remainder + at));
     x[0] = join(w.x << 16, r.x), x[1] = join(w.x & 0xffff0000u, r.x >> 16);
     x[2] = join(w.y << 16, r.y), x[3] = join(w.y & 0xffff0000u, r.y >> 16);
 }
@@ -142,7 +139,7 @@ DEVICE void loadMasters(float (&x)[4], const bf16* weights, const bf16* remainde
 DEVICE void storeMasters(bf16* weights, bf16* remainder, long long at, const float (&x)[4]) {
     storeUpper(weights + at, rounded(x[0]), rounded(x[1]), rounded(x[2]), rounded(x[3]));
     const u32 a = __float_as_uint(x[0]), b = __float_as_uint(x[1]), c = __float_as_uint(x[2]), d = __float_as_uint(x[3]);
-    __stcs(reinterpret_cast<uint2*>(remainder + at), make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410)));
+    __stcg(reinterpret_cast<uint2*>(remainder + at), make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(c, d, 0x5410)));
 }
 
 DEVICE float loadMaster(const bf16* weights, const bf16* remainder, long long at) {
@@ -326,10 +323,9 @@ DEVICE void update(const Factors& f, float gradient, float& first, float& second
     weight -= fmaf(f.rate, quotient(first, second, f.inverseCorrection, f.epsilon), f.lrDecay * weight);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
-        adamw(float* gradient, Moment* first, Moment* second, bf16* remainder, Weight* weights, long long n, double lr,
-              double beta1, double beta2, double epsilon, double decay, int clear, u64 seed, long long index,
-              const StepState* state) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
+        adamw(const float* gradient, Moment* first, Moment* second, bf16* remainder, Weight* weights, long long n, double lr, double beta1,
+              double beta2, double epsilon, double decay, u64 seed, long long index, const StepState* state) {
     followPredecessor();
     __shared__ Factors shared;
     const long long lead = leadOf(gradient, n);
@@ -338,59 +334,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, VECTORS <= 2 ? 4 : 2)
     const Cut cut = together ? cutAt(lead, n) : Cut{n, 0, n};
 
     const long long start = (long long) blockIdx.x * (VECTORS * THREADS) + threadIdx.x;
-    const long long stride = (long long) gridDim.x * (VECTORS * THREADS);
     float g[VECTORS][4], m[VECTORS][4], v[VECTORS][4], w[VECTORS][4];
-    auto fetch = [&](long long from) {
-        UNROLL for (int k = 0; k < VECTORS; k++) if (from + k * THREADS < cut.vectors) {
-            const long long at = cut.lead + 4 * (from + k * THREADS);
-            load(g[k], gradient + at);
-            load(m[k], first + at);
-            load(v[k], second + at);
-            loadMasters(w[k], weights, remainder, at);
-        }
-    };
-    fetch(start);
+    UNROLL for (int k = 0; k < VECTORS; k++) if (start + k * THREADS < cut.vectors) {
+        const long long at = cut.lead + 4 * (start + k * THREADS);
+        load(g[k], gradient + at);
+        load(m[k], first + at);
+        load(v[k], second + at);
+        loadMasters(w[k], weights, remainder, at);
+    }
     if (threadIdx.x == 0) {
         shared = factorsOf(state, lr, beta1, beta2, epsilon, decay, seed);
     }
     __syncthreads();
     const Factors f = shared;
-    if (!f.apply && !clear) {
+    if (!f.apply) {
         return;
     }
-    const float zeros[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (long long from = start; from < cut.vectors; from += stride) {
-        UNROLL for (int k = 0; k < VECTORS; k++) if (from + k * THREADS < cut.vectors) {
-            const long long at = cut.lead + 4 * (from + k * THREADS);
-            if (f.apply) {
-                UNROLL for (int i = 0; i < 4; i++) {
-                    update(f, g[k][i], m[k][i], v[k][i], w[k][i]);
-                }
-                const u64 noise = MOMENTS_BF16 ? noiseOf(f, index + at) : 0;
-                storeMoments(first + at, m[k], noise);
-                storeMoments(second + at, v[k], noise);
-                storeMasters(weights, remainder, at, w[k]);
-            }
-            if (clear) {
-                store(gradient + at, zeros);
-            }
+    UNROLL for (int k = 0; k < VECTORS; k++) if (start + k * THREADS < cut.vectors) {
+        const long long at = cut.lead + 4 * (start + k * THREADS);
+        UNROLL for (int i = 0; i < 4; i++) {
+            update(f, g[k][i], m[k][i], v[k][i], w[k][i]);
         }
-        fetch(from + stride);
+        const u64 noise = MOMENTS_BF16 ? noiseOf(f, index + at) : 0;
+        storeMoments(first + at, m[k], noise);
+        storeMoments(second + at, v[k], noise);
+        storeMasters(weights, remainder, at, w[k]);
     }
     for (long long i = (long long) blockIdx.x * THREADS + threadIdx.x; i < cut.rest; i += (long long) gridDim.x * THREADS) {
         const long long at = cut.restAt(i);
-        if (f.apply) {
-            float mean = toFloat(first[at]), square = toFloat(second[at]);
-            float weight = loadMaster(weights, remainder, at);
-            update(f, gradient[at], mean, square, weight);
-            const u64 noise = MOMENTS_BF16 ? noiseOf(f, index + at) : 0;
-            storeMoment(first + at, mean, noise);
-            storeMoment(second + at, square, noise);
-            storeMaster(weights, remainder, at, weight);
-        }
-        if (clear) {
-            gradient[at] = 0.0f;
-        }
+        float mean = toFloat(first[at]), square = toFloat(second[at]);
+        float weight = loadMaster(weights, remainder, at);
+        update(f, gradient[at], mean, square, weight);
+        const u64 noise = MOMENTS_BF16 ? noiseOf(f, index + at) : 0;
+        storeMoment(first + at, mean, noise);
+        storeMoment(second + at, square, noise);
+        storeMaster(weights, remainder, at, weight);
     }
 }
 

@@ -113,7 +113,7 @@ final class OptimizerKernels implements AutoCloseable {
         double decay = options.decays(decays) ? options.weightDecay() : 0;
         (copied ? adamwAfterCopy : adamw).launch(device, grid(count), gradient, state + layout.first(at),
                 state + layout.second(at), layout.splits() ? state + layout.remainder(at) : 0L, weights, count, lr, options.beta1(),
-                options.beta2(), options.epsilon(), decay, 0, seed, element, stepState.address());
+                options.beta2(), options.epsilon(), decay, seed, element, stepState.address());
     }
 
     /**
