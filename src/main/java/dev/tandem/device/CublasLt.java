@@ -138,9 +138,14 @@ public final class CublasLt implements AutoCloseable {
             rowLayout = layout(CUDA_R_16BF, shape.backward ? shape.n : shape.k, rows, shape.rowStride);
             outLayout = layout(type, shape.backward ? shape.k : shape.n, rows, shape.outStride);
             rowCount.set(JAVA_LONG, 0, rows);
-            find();
-            if (candidates.isEmpty()) {
-                throw new TandemException("cuBLAS has no algorithm for " + rows + " rows and " + shape);
+            try {
+                find();
+                if (candidates.isEmpty()) {
+                    throw new TandemException("cuBLAS has no algorithm for " + rows + " rows and " + shape);
+                }
+            } catch (RuntimeException | Error e) {
+                close();
+                throw e;
             }
             chosen = candidates.getFirst();
         }
@@ -272,11 +277,17 @@ public final class CublasLt implements AutoCloseable {
     public Product tune(int rows, int like, Shape shape, long x, long[] weights, long out) {
         Product product = new Product(rows, shape);
         String question = "cuBLAS " + like + " " + shape;
-        if (!product.restore(choices.find(question))) {
-            product.tune(x, weights, out);
-            choices.keep(question, product.milliseconds + " " + HexFormat.of().formatHex(product.chosen.toArray(ValueLayout.JAVA_BYTE)));
+        try {
+            if (!product.restore(choices.find(question))) {
+                product.tune(x, weights, out);
+                choices.keep(question,
+                        product.milliseconds + " " + HexFormat.of().formatHex(product.chosen.toArray(ValueLayout.JAVA_BYTE)));
+            }
+            return product;
+        } catch (RuntimeException | Error e) {
+            product.close();
+            throw e;
         }
-        return product;
     }
 
     /** {@return the library's version} */
